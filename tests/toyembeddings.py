@@ -19,7 +19,7 @@ from clasp.data.pairs import Pairs
 from clasp.evaluation.embedding_folder import EmbeddingFolder, StoredEncoder
 from clasp.evaluation.registry import find_task, parse_task_options
 from clasp.evaluation.results import EvaluationResult
-from clasp.evaluation.task_context import TaskContext
+from clasp.evaluation.task_context import LoadedModel, TaskContext
 from clasp.types import Caption, Pair, no_progress_bar
 
 
@@ -59,8 +59,7 @@ def evaluate_embeddings(
         (folder / f"{name}.json").write_text(json.dumps(list(table)))
     stored, entry = EmbeddingFolder(folder), find_task(task)
     context = TaskContext(
-        model=StoredEncoder(stored, "stored"),
-        inputs=stored,
+        load=lambda: LoadedModel(StoredEncoder(stored, "stored"), stored),
         pairs=Pairs("zoo", [list(pairs)]),
         open_pairs=lambda source: Pairs(source, [list(fit)]),
         options=parse_task_options(task, entry, ["data=zoo", *options]),

@@ -65,6 +65,18 @@ def test_it_fits_and_requests_nothing(browser: Browser, file: Path, width: int, 
     context.close()
 
 
+def test_at_1200_pixels_a_chart_is_beside_a_table_of_610(browser: Browser, file: Path):
+    page = browser.new_page(viewport={"width": 1200, "height": 800})
+    page.goto(file.as_uri())
+    placed = page.evaluate("""[...document.querySelectorAll(".beside:has(> figure)")].map(each => {
+        const [table, chart] = [each.querySelector(".wide"), each.querySelector("figure")];
+        table.style.width = "610px";
+        return chart.getBoundingClientRect().left >= table.getBoundingClientRect().right;
+    })""")
+    assert placed and all(placed)
+    page.close()
+
+
 def test_on_paper_it_is_light_and_without_navigation(browser: Browser, file: Path):
     context = browser.new_context(color_scheme="dark")
     page = context.new_page()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from clasp.search.edge_store import EdgeStore
 from clasp.search.flat_store import FlatStore
 from clasp.search.store_copy import copy_entries
 from clasp.search.store_registry import FLAT_ENTRIES, open_store, suggest_store
+from clasp.serve.warm_server import ServerRecord, write_record
 from clasp.types import UserError
 from toydata import toys, write_folder, write_images
 from toyruns import recipe, run, save_towers
@@ -49,7 +52,12 @@ def test_from_flat_to_edge_and_back(trained: Path, edge: object):
     with pytest.raises(UserError, match="in the store flat already"):
         copy_index(folder, "flat")
 
-    moved = copy_index(folder, "edge")
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        server = ServerRecord(f"http://127.0.0.1:{listening.getsockname()[1]}", os.getpid(), "key")
+        write_record(folder, server)
+        with pytest.raises(UserError, match=f"is served at {server.address}, .*; stop that server .*, copy, and start"):
+            copy_index(folder, "edge")
+    moved = copy_index(folder, "edge")  # the server has ended, and left its record
     assert (moved.entries, moved.source, moved.target) == (20, "flat", "edge")
     assert json.loads((folder / "store.json").read_text()) == {"store": "edge"} and not (folder / "index").exists()
     after = search_images(folder, "a red ring", [], 5, ["folder=pictures"])

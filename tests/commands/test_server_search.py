@@ -16,7 +16,7 @@ import typer
 
 from clasp.cli.server_search import parse_plain_search
 from clasp.cli.verbs import root_command
-from clasp.serve.warm_server import ServerRecord, write_record
+from clasp.serve.warm_server import NONCE_FIELD, PROOF_FIELD, ServerRecord, answer_proof, write_record
 
 PLAIN = (
     "RUN dog",
@@ -76,6 +76,8 @@ class _Server(BaseHTTPRequestHandler):
         body = b'{"error": "the query cancels itself out"}' if wrong else len(head).to_bytes(8) + head + b"a picture"
         self.send_response(400 if wrong else 200)
         self.send_header("Content-Length", str(len(body) + (7 if "q=cut" in self.path else 0)))
+        key = "another key" if "q=stranger" in self.path else "key"
+        self.send_header(PROOF_FIELD, answer_proof(key, self.headers[NONCE_FIELD], body))
         self.end_headers()
         self.wfile.write(body)
 
@@ -102,9 +104,10 @@ finally:
     with ThreadingHTTPServer(("127.0.0.1", 0), _Server) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         write_record(tmp_path, ServerRecord(f"http://127.0.0.1:{server.server_port}", os.getpid(), "key"))
-        found, wrong, cut = search("dog"), search("wrong"), search("cut")
+        found, wrong, cut, stranger = search("dog"), search("wrong"), search("cut"), search("stranger")
         server.shutdown()
     assert json.loads(found.stdout)["query"] == "dog" and found.stderr == "\n" and found.returncode == 0
     assert (tmp_path / "search.png").read_bytes() == b"a picture"
     assert wrong.returncode == 2 and wrong.stderr.startswith("clasp: the query cancels itself out\n")
     assert cut.returncode == 2 and "is not a run folder" in cut.stderr, "an answer that is cut is none"
+    assert stranger.returncode == 2 and "is not a run folder" in stranger.stderr, "nor is one without the key"

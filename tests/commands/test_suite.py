@@ -24,6 +24,7 @@ from clasp.evaluation.bootstrap import GroupedScores, bootstrap_replicates
 from clasp.evaluation.multilabel import eleven_point_precision, two_class_influence
 from clasp.evaluation.prompt_templates import TEMPLATE_SETS
 from clasp.evaluation.suites import MTEB_TASKS, SUITES, find_suite
+from clasp.evaluation.task_context import TrainedRun
 from clasp.evaluation.zeroshot import read_templates
 from clasp.report.prediction_sheets import Confusion, most_confused
 from clasp.report.suite_table import suite_table
@@ -31,7 +32,7 @@ from clasp.training.run_code import require_allowed
 from clasp.types import UserError
 from toydata import COLOURS, toys, write_csv
 from toyreports import retrieval_rows, write_run
-from toyruns import lines
+from toyruns import lines, recipe
 
 TOYS = toys(20)
 CLASSES = sorted(COLOURS)
@@ -111,7 +112,7 @@ def test_the_card_of_a_run_has_the_table_of_its_last_suite(model: Path, tmp_path
     run = write_run(tmp_path / "run", [])
     (run / "README.md").write_text("# run\n\n## Evaluations\n\nnone\n")
     (each,) = (each for each in find_suite("elevater-20") if each.name == "cifar-10")
-    source = replace(find_model(model), run=run)
+    source = replace(find_model(model), trained=TrainedRun(run, recipe(tmp_path, "pairs.csv")))
     for value in (0.25, 0.75):
         result = replace(retrieval_rows()[0], metrics={each.metric: value}, chance={}, interval={})
         ResultFolder(source, None).record_table("Suite elevater-20", suite_table([(each, result)]), say=str)

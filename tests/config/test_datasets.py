@@ -51,3 +51,22 @@ def test_a_wrong_sample_is_one_line_with_those_there_are(source: str):
 def test_no_source_names_the_recipe_that_needs_none():
     with pytest.raises(UserError, match=r"set data\.train to .* the recipe photos, which needs none"):
         open_training_pairs(read_recipe("start"))
+
+
+TOO_FEW = {
+    "two, of which one is held out": (2, [], "of the 2 pairs of {}, 1 is held out to validate on (data.val_fraction"),
+    "one": (1, [], "its only pair is one group, so none can be split off for validation; name pairs to validate on"),
+    "one, and others to validate on": (1, ["data.val={}"], "there is no other in data.train = {}; give more pairs"),
+}
+
+
+@pytest.mark.parametrize(("count", "typed", "said"), TOO_FEW.values(), ids=TOO_FEW)
+def test_fewer_than_two_pairs_to_train_on_are_refused_with_where_the_others_are(
+    count: int, typed: list[str], said: str, tmp_path: Path
+):
+    table = tmp_path / "pairs.csv"
+    table.write_text("filepath,title\n" + "".join(f"{n}.jpg,a {n}\n" for n in range(count)))
+    overrides = [f"data.train={table}", *(each.format(table) for each in typed)]
+    with pytest.raises(UserError) as error:
+        open_training_pairs(read_recipe("heads", overrides))
+    assert said.format(table) in str(error.value) and "\n" not in str(error.value)

@@ -14,6 +14,7 @@ from tokenizers import models, pre_tokenizers
 from clasp.commands.auto import climb
 from clasp.commands.auto_stages import AutoCallbacks
 from clasp.commands.doctor import diagnose
+from clasp.commands.evaluate import evaluate_run
 from clasp.config.recipe import recipe_from_dict
 from clasp.data.distinct_captions import indistinct_captions
 from clasp.data.tokenizer import Tokenizer
@@ -69,6 +70,15 @@ TOLD_APART = [
 @pytest.mark.parametrize("captions", TOLD_APART)
 def test_two_captions_are_enough(captions: list[str], towers: Path, tmp_path: Path) -> None:
     assert run(recipe(towers, captioned(tmp_path, captions)), tmp_path / "run").results
+
+
+def test_an_evaluation_says_where_the_text_tower_reads_texts_alike(towers: Path, tmp_path: Path) -> None:
+    run(recipe(towers, captioned(tmp_path, ["a red circle", "a blue circle"]), "train.epochs=0"), tmp_path / "run")
+    (tmp_path / "unknown").mkdir()
+    data, said = captioned(tmp_path / "unknown", ["Hund", "Katze"]), list[str]()
+    evaluate_run(tmp_path / "run", "retrieval", [f"data={data}"], say=said.append)
+    (line,) = (line for line in said if "cannot tell apart" in line)
+    assert line.startswith("warning: the text tower cannot tell apart the 2 different texts to evaluate on, such as ")
 
 
 BYTES = {symbol: number for number, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}

@@ -15,7 +15,7 @@ from clasp.evaluation.embedding_folder import EmbeddingFolder, StoredEncoder
 from clasp.evaluation.identity import identify, is_own_validation, validation_identity
 from clasp.evaluation.registry import EVALUATION_TASKS, changed_options, parse_task_options
 from clasp.evaluation.results import EvaluationResult
-from clasp.evaluation.task_context import TaskContext
+from clasp.evaluation.task_context import LoadedModel, TaskContext
 from clasp.types import Caption, no_progress_bar
 from toyembeddings import pair
 
@@ -41,8 +41,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def context(task: str, options: list[str], pairs: Pairs = PAIRS, fit: Pairs = OTHERS) -> TaskContext:
     given = parse_task_options(task, EVALUATION_TASKS[task], ["data=zoo", *options])
     return TaskContext(
-        model=StoredEncoder(MODEL[0], "stored"),
-        inputs=MODEL[0],
+        load=lambda: LoadedModel(StoredEncoder(MODEL[0], "stored"), MODEL[0]),
         pairs=pairs,
         open_pairs=lambda name: fit,
         options=given,

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from clasp.search.metadata_filter import FilterFields, all_of, parse_filter
+from clasp.search.metadata_filter import FilterFields, all_of, check_filters, parse_filter
 from clasp.search.near_duplicates import duplicate_threshold, fold_near_duplicates
 from clasp.search.query import MINUS_WEIGHT, SearchQuery, WeightedImage, WeightedText, parse_words
 from clasp.types import Hit, UserError
@@ -194,7 +194,7 @@ def test_an_unknown_field_names_those_there_are():
         fields.check([parse_filter("date>=2020")])
 
 
-FIELDS_OF_A_KIND = FilterFields(
+OF_A_KIND = [
     {"file": {"width": 640 + n, "bytes": n}, "meta": own}
     for n, own in enumerate(
         [
@@ -203,7 +203,7 @@ FIELDS_OF_A_KIND = FilterFields(
             {"day": "2020-01-31 10:00:05", "scan": "2020-01-31_1.jpg", "title": "2020-01-31 at sea", "code": "9" * 99},
         ]
     )
-)
+]
 
 
 @pytest.mark.parametrize(
@@ -224,9 +224,25 @@ FIELDS_OF_A_KIND = FilterFields(
 )
 def test_a_value_that_no_field_is_compared_with_is_refused(condition: str, reason: str):
     if not reason:
-        return FIELDS_OF_A_KIND.check([parse_filter(condition)])
+        return check_filters([parse_filter(condition)], OF_A_KIND)
     with pytest.raises(UserError, match=reason):
-        FIELDS_OF_A_KIND.check([parse_filter(condition)])
+        check_filters([parse_filter(condition)], OF_A_KIND)
+
+
+@pytest.mark.parametrize(
+    ("conditions", "most"),
+    [
+        (["folder=holidays", "caption~snow"], 0),
+        (["width>=640"], 1),
+        (["width~6", "sold=true", "day>=2020"], 1),
+        (["mixed=b"], 2),
+        (["code>1"], 3),
+    ],
+)
+def test_filters_are_checked_by_as_few_entries_as_it_takes(conditions: list[str], most: int):
+    entries = iter(OF_A_KIND)
+    check_filters(list(map(parse_filter, conditions)), entries)
+    assert len(OF_A_KIND) - len(list(entries)) == most
 
 
 # --- near-duplicates -------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from fastapi.testclient import TestClient
 from PIL import Image
@@ -18,6 +19,7 @@ from clasp.serve.guard import AccessPolicy
 from clasp.serve.metrics import ServerMetrics
 from clasp.serve.public_text import public_id, stored_id
 from clasp.serve.service import SearchService
+from clasp.serve.warm_server import NONCE_FIELD, PROOF_FIELD, answer_proof, request_proof
 from clasp.types import UserError
 from toydata import COLOURS
 from toysearch import png
@@ -362,11 +364,19 @@ def test_a_token_where_others_can_reach_it(service: SearchService):
     assert not AccessPolicy("0.0.0.0").is_loopback and AccessPolicy("::1").is_loopback
 
 
-def test_the_command_needs_the_key(api: TestClient):
-    for headers in ({}, {"x-clasp-key": "no"}):
-        assert api.post("/api/command/search", params={"q": "red"}, headers=headers).status_code == 403
-    reply = api.post("/api/command/search", params={"q": "red", "k": 2}, headers={"x-clasp-key": KEY})
+def test_the_command_and_the_server_prove_that_they_know_the_key(api: TestClient):
+    def ask(query: bytes, nonce: str, proof: str) -> httpx.Response:
+        return api.post(f"/api/command/search?{query.decode()}", headers={NONCE_FIELD: nonce, PROOF_FIELD: proof})
+
+    proof = request_proof(KEY, "1", b"q=red&k=2", b"")
+    reply = ask(b"q=red&k=2", "1", proof)
     assert reply.status_code == 200 and reply.content.endswith(b"red")
+    assert reply.headers[PROOF_FIELD] == answer_proof(KEY, "1", reply.content)
+    wrong = ask(b"q=red+-red", "2", request_proof(KEY, "2", b"q=red+-red", b""))
+    assert wrong.status_code == 400 and wrong.headers[PROOF_FIELD] == answer_proof(KEY, "2", wrong.content)
+    other = request_proof("another key", "1", b"q=red&k=2", b"")
+    refused = [(b"q=red&k=2", "1", ""), (b"q=red&k=2", "1", other), (b"q=red&k=2", "2", proof), (b"q=red", "1", proof)]
+    assert {ask(*each).status_code for each in (*refused, (b"q=red", "1", KEY))} == {403}
 
 
 @pytest.mark.parametrize("name", ["a/b c.png", "caf\udce9.png", "base64:x", "a\nb", "日本.png"], ids=ascii)

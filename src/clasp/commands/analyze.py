@@ -31,6 +31,7 @@ from clasp.config.datasets import open_pairs_for_recipe
 from clasp.config.recipe import Recipe, recipe_from_dict
 from clasp.data.device import to_device
 from clasp.data.formats.setting_hints import OPTION_HINTS
+from clasp.data.missing_images import require_images
 from clasp.data.pairs import ColumnNames, Pairs, caption_languages
 from clasp.data.readers import PairIndex, SampleIndices
 from clasp.evaluation.language_sets import require_languages
@@ -108,6 +109,7 @@ def _choose_pairs(given: Mapping[str, str], recipe: Recipe, limit: int) -> tuple
     columns = ColumnNames(image=given.get("image", ""), caption=given.get("caption", ""))
     root = given.get("image_root")
     pairs = open_pairs_for_recipe(given["data"], recipe, columns=columns, image_root=root, hints=OPTION_HINTS)
+    require_images(OPTION_HINTS, pairs)
     language = given.get("language", "")
     if language:
         require_languages([language], caption_languages(pairs), given["data"])

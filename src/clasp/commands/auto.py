@@ -40,6 +40,8 @@ from clasp.config.datasets import TrainValPairs, limit_pairs, open_training_pair
 from clasp.config.recipe import Recipe, recipe_from_dict
 from clasp.config.run_plan import hash_pairs
 from clasp.data.folder_lock import lock_folder, require_unlocked
+from clasp.data.formats.setting_hints import RECIPE_HINTS
+from clasp.data.missing_images import require_images
 from clasp.data.readers import PairIndex
 from clasp.data.sample_size import few_validation_pairs
 from clasp.errors import counted
@@ -48,7 +50,6 @@ from clasp.report.auto_table import AutoPlan, AutoRow
 from clasp.training.run_code import all_code_names, allow_code, require_allowed
 from clasp.training.run_files import PLAN_FILE
 from clasp.training.run_folder import RunFolder
-from clasp.training.settings import require_two_pairs
 from clasp.types import UserError
 
 _TUNING_NUMBERS = tuple(f"{2 + number}-" for number in range(len(TUNINGS)))
@@ -74,8 +75,8 @@ def climb(recipe: Recipe, run: Path, callbacks: AutoCallbacks) -> AutoResult:
         )
     RunFolder(run).require_free()
     pairs = open_training_pairs(recipe)
-    require_two_pairs(len(pairs[0]))
     require_validation(*pairs)
+    require_images(RECIPE_HINTS, *pairs)
     build_model(changed(recipe, {}), meta=True)
     for line in (recipe.auto.announcement, *few_validation_pairs(pairs[1].group_count)):
         callbacks.say(line)

@@ -15,6 +15,7 @@ from typing import Any
 
 from clasp.commands.evaluate import make_context, pair_opener, require_single_queries, require_task_applies
 from clasp.commands.evaluated_model import ModelSource, find_model
+from clasp.commands.repeated_lines import said_once
 from clasp.commands.training_overlap import training_overlap
 from clasp.data.atomic_files import append_json_lines, translate_disk_errors, write_text_file
 from clasp.data.pairs import Pairs
@@ -67,6 +68,7 @@ def compare_models(
     bar: ProgressFactory = no_progress_bar,
 ) -> ModelComparison:
     """Compare two models as ``find_model`` takes them; ``out``: a new folder for both files. Raises ``UserError``."""
+    say = said_once(say)  # of the data, which both read
     entry = find_task(task)
     given = parse_task_options(task, entry, options)
     require_single_queries(task, entry, "compare")
@@ -111,9 +113,9 @@ def _score(
     bar: ProgressFactory,
 ) -> tuple[EvaluationTask, list[ScoredQueries]]:
     assert entry.build is not None
-    loaded = source.load(bar)
-    task = entry.build(make_context(loaded, pairs, pair_opener(source, given), given, say, bar))
-    return task, task.scored(loaded.encoder)
+    context = make_context(source, lambda: source.load(bar), pairs, given, say, bar)
+    task = entry.build(context)
+    return task, task.scored(context.model)
 
 
 def _prediction_rows(

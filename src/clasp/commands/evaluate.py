@@ -8,20 +8,22 @@ or in the folder that the user names, and a figure there where the task has one.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import cache
 from pathlib import Path
 
-from clasp.commands.evaluated_model import LoadedModel, ModelSource, find_model
+from clasp.commands.evaluated_model import ModelSource, find_model
 from clasp.commands.result_folder import ResultFolder
 from clasp.commands.saved_predictions import save_predictions
 from clasp.commands.training_overlap import training_overlap
 from clasp.config.datasets import open_pairs_for_settings
 from clasp.data.formats.setting_hints import OPTION_HINTS
+from clasp.data.missing_images import require_images
 from clasp.data.pairs import ColumnNames, Pairs
+from clasp.evaluation.equal_items import require_different_images
 from clasp.evaluation.identity import EvaluationIdentity, identify
 from clasp.evaluation.registry import EVALUATION_TASKS, TaskEntry, find_task, parse_task_options
 from clasp.evaluation.results import EvaluationResult
-from clasp.evaluation.task_context import TaskContext
+from clasp.evaluation.task_context import LoadedModel, TaskContext
 from clasp.evaluation.tasks import EvaluationTask, ScoredQueries
 from clasp.report.console import relative_path
 from clasp.report.evaluation_files import evaluation_file
@@ -58,9 +60,15 @@ def evaluate_run(
     require_task_applies(task, entry, source)
     folder = ResultFolder(source, out)
     opener = pair_opener(source, given)
-    pairs, loaded = opener(given["data"]), source.load(bar)
-    folder.require_fingerprint(loaded.encoder.fingerprint)
-    context = make_context(loaded, pairs, opener, given, say, bar)
+    pairs = opener(given["data"])
+
+    @cache
+    def load() -> LoadedModel:
+        loaded = source.load(bar)
+        folder.require_fingerprint(loaded.encoder.fingerprint)
+        return loaded
+
+    context = make_context(source, load, pairs, given, say, bar)
     identity = identify(task, entry, context)
     queries = _score_queries(entry, context) if predictions else None
     results = entry.run(context) if queries is None else queries[0].finish(queries[1])
@@ -114,28 +122,35 @@ def require_task_applies(task: str, entry: TaskEntry, model: ModelSource) -> Non
 
 
 def pair_opener(model: ModelSource, options: Mapping[str, str]) -> Callable[[str], Pairs]:
-    """Opens pairs by name, with the columns of the options."""
+    """Opens pairs by name, with the columns of the options; images that are all missing or all the same are refused."""
     columns = ColumnNames(image=options.get("image", ""), caption=options.get("caption", ""))
     root = options.get("image_root")
-    return partial(open_pairs_for_settings, data=model.data, columns=columns, image_root=root, hints=OPTION_HINTS)
+
+    def open_named(name: str) -> Pairs:
+        pairs = open_pairs_for_settings(name, model.data, columns=columns, image_root=root, hints=OPTION_HINTS)
+        if model.reads_images:
+            require_images(OPTION_HINTS, pairs)
+            require_different_images(pairs, name)
+        return pairs
+
+    return open_named
 
 
 def make_context(
-    loaded: LoadedModel,
+    source: ModelSource,
+    load: Callable[[], LoadedModel],
     pairs: Pairs,
-    opener: Callable[[str], Pairs],
     options: Mapping[str, str],
     say: MessageCallback,
     bar: ProgressFactory,
 ) -> TaskContext:
-    """The arguments of a task."""
+    """The arguments of a task; ``load``: the model of ``source``."""
     return TaskContext(
-        model=loaded.encoder,
-        inputs=loaded.inputs,
+        load=load,
         pairs=pairs,
-        open_pairs=opener,
+        open_pairs=pair_opener(source, options),
         options=options,
-        run=loaded.run,
+        run=source.trained,
         say=say,
         bar=bar,
     )

@@ -84,7 +84,7 @@ def evaluate_suite(
     rows = {each.name: SuiteRow(each, None) for each in sets}
     for each in there:
         options = given[each.name]
-        context = make_context(loaded, opened[each.name], pair_opener(source, options), options, say, bar)
+        context = make_context(source, lambda: loaded, opened[each.name], options, say, bar)
         result = _evaluate(each, context, results)
         rows[each.name] = SuiteRow(each, result)
         say(f"{each.name}: {each.metric} {result.metrics[each.metric]:.4g}, {result.seconds:,.0f} s")

@@ -16,35 +16,32 @@ from clasp.config.build import ModelAndPreprocessing, build_feature_source, buil
 from clasp.config.pretrained import DUAL_ENCODER_SCHEMES, pretrained_recipe
 from clasp.config.recipe import DataSettings, recipe_from_dict
 from clasp.evaluation.embedding_folder import IMAGE_ARRAY, EmbeddingFolder, StoredEncoder
-from clasp.evaluation.embedding_table import EvaluationInputs
 from clasp.evaluation.encode_once import EncodeOnce
-from clasp.evaluation.task_context import TrainedRun
+from clasp.evaluation.task_context import LoadedModel, TrainedRun, TrainedTowers
 from clasp.models.dual_encoder import DualEncoder
 from clasp.models.zoo.hub_runs import RUN_SCHEME, fetch_run, is_hub_run
 from clasp.training.run_folder import RunFolder
-from clasp.types import Encoder, ProgressFactory, UserError
-
-
-@dataclass(frozen=True, slots=True)
-class LoadedModel:
-    """An encoder and what it reads; ``run`` where it is a run's."""
-
-    encoder: Encoder
-    inputs: EvaluationInputs
-    run: TrainedRun | None = None
+from clasp.types import ProgressFactory, UserError
 
 
 @dataclass(frozen=True, slots=True)
 class ModelSource:
     """A model that was found: its ``name`` as typed, how it reads pairs, and how it is loaded.
 
-    ``run``: the run folder on this machine that its results belong to; ``None`` where they need another folder.
+    ``trained``: the run folder on this machine that its results belong to; ``None`` where they need another folder.
+    ``reads_images``: whether it reads the images of pairs, and has not their embeddings.
     """
 
     name: str
     data: DataSettings
     load: Callable[[ProgressFactory], LoadedModel]
-    run: Path | None = None
+    trained: TrainedRun | None = None
+    reads_images: bool = True
+
+    @property
+    def run(self) -> Path | None:
+        """The folder of ``trained``."""
+        return None if self.trained is None else self.trained.folder
 
 
 def find_model(model: str | Path) -> ModelSource:
@@ -72,10 +69,10 @@ def _find_run(name: str, folder: Path) -> ModelSource:
         assert isinstance(model.encoder, DualEncoder)
         parts = ModelAndPreprocessing(model.encoder, model.transform, model.tokenizer)
         inputs = build_feature_source(parts, recipe, bar=bar)
-        run = TrainedRun(folder=folder, recipe=recipe, model=parts.model, inputs=inputs)
-        return LoadedModel(EncodeOnce(inputs.in_precision(model.encoder)), inputs, run)
+        towers = TrainedTowers(parts.model, inputs)
+        return LoadedModel(EncodeOnce(inputs.in_precision(model.encoder)), inputs, towers)
 
-    return ModelSource(name, recipe.data, load_run, None if name.startswith(RUN_SCHEME) else folder)
+    return ModelSource(name, recipe.data, load_run, None if name.startswith(RUN_SCHEME) else TrainedRun(folder, recipe))
 
 
 def _find_pretrained(name: str, tower: str) -> ModelSource:
@@ -92,7 +89,11 @@ def _find_pretrained(name: str, tower: str) -> ModelSource:
 
 def _find_embeddings(name: str, folder: Path) -> ModelSource:
     inputs = EmbeddingFolder(folder)
-    return ModelSource(name, DataSettings(), lambda bar: LoadedModel(StoredEncoder(inputs, name), inputs))
+
+    def load_embeddings(bar: ProgressFactory) -> LoadedModel:
+        return LoadedModel(StoredEncoder(inputs, name), inputs)
+
+    return ModelSource(name, DataSettings(), load_embeddings, reads_images=False)
 
 
 def _find_sentence_transformer(name: str, folder: Path) -> ModelSource:

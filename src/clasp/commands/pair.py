@@ -31,9 +31,10 @@ from clasp.config.build import (
 from clasp.config.datasets import TrainValPairs, open_training_pairs
 from clasp.config.recipe import Recipe, read_recipe
 from clasp.data.distinct_captions import indistinct_captions
-from clasp.data.formats.setting_hints import suggest_key
+from clasp.data.formats.setting_hints import RECIPE_HINTS, suggest_key
 from clasp.data.images import ImageTransform
 from clasp.data.loader import BadSampleLimit, BatchReader
+from clasp.data.missing_images import require_images
 from clasp.data.readers import PairIndex
 from clasp.data.sample_size import few_validation_pairs
 from clasp.data.tokenizer import Tokenizer
@@ -79,6 +80,7 @@ def rank_tower_pairs(
     of_images = {image: recipe for (image, _), recipe in recipes.items()}
     of_texts = {text: recipe for (_, text), recipe in recipes.items()}
     pairs = open_training_pairs(recipes[images[0], texts[0]])
+    require_images(RECIPE_HINTS, *pairs)
     towers = _Towers(
         _load_each(of_images, build_image_tower, errors), _load_each(of_texts, build_text_tower, errors), {}
     )

@@ -16,6 +16,7 @@ from clasp.config.datasets import open_pairs_for_recipe
 from clasp.config.recipe import recipe_from_dict
 from clasp.data.formats.setting_hints import OPTION_HINTS
 from clasp.data.images import ImageError
+from clasp.data.missing_images import require_images
 from clasp.data.pairs import ColumnNames, Pairs, caption_languages
 from clasp.evaluation.language_sets import require_languages
 from clasp.evaluation.options import (
@@ -50,6 +51,7 @@ def map_patches(
     columns = ColumnNames(image=given.get("image", ""), caption=given.get("caption", ""))
     root = given.get("image_root")
     pairs = open_pairs_for_recipe(given["data"], recipe, columns=columns, image_root=root, hints=OPTION_HINTS)
+    require_images(OPTION_HINTS, pairs)
     if language:
         require_languages([language], caption_languages(pairs), given["data"])
     chosen = _named_pairs(pairs, ids, given["data"]) if ids else _drawn_pairs(pairs, count, language)

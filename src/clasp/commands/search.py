@@ -22,7 +22,7 @@ from clasp.report.contact_sheet import SheetRow, Thumbnail, contact_sheet
 from clasp.search.answer import RankingPart, SearchAnswer, answer_query, check_part
 from clasp.search.background import Background
 from clasp.search.engine import IndexReport, SearchEngine
-from clasp.search.metadata_filter import FilterFields, MetadataFilter, parse_filter
+from clasp.search.metadata_filter import MetadataFilter, check_filters, parse_filter
 from clasp.search.parts import PartVectors
 from clasp.search.query import SearchQuery, WeightedImage, parse_words
 from clasp.training.unfinished import unfinished_lines
@@ -89,7 +89,7 @@ def open_index(run: Path, filters: Sequence[MetadataFilter] = ()) -> Iterator[tu
         if not store.count():
             raise UserError("nothing has been indexed yet; type: clasp index RUN FOLDER")
         if filters:
-            FilterFields(meta for _, meta in store.scan()).check(filters)
+            check_filters(filters, (meta for _, meta in store.scan()))
         engine = SearchEngine(load(), store)
         yield engine, open_background(run, engine)
     finally:

@@ -15,6 +15,7 @@ from pathlib import Path
 from clasp.convert.onnx_model import MANIFEST_FILE, OnnxModel, WeightFormat
 from clasp.data.cache_folder import cache_folder
 from clasp.data.formats.setting_hints import FIXED_HINTS
+from clasp.data.missing_images import require_images
 from clasp.data.pairs import FolderImages, Pairs, list_images, open_pairs
 from clasp.plain_types import SearchModel, UserError
 from clasp.training.run_files import require_run_folder
@@ -43,14 +44,19 @@ def open_images(folder: Path, source: str) -> FolderImages | Pairs:
     if Path(source).is_dir():
         return list_images(source)
     if is_export(folder):
-        return open_pairs(source, cache=cache_folder() / "pairs", hints=FIXED_HINTS)
+        return _with_images(open_pairs(source, cache=cache_folder() / "pairs", hints=FIXED_HINTS))
     _require_torch(folder, "the recipe")
     from clasp.config.datasets import open_pairs_for_recipe
     from clasp.config.recipe import recipe_from_dict
     from clasp.training.run_folder import RunFolder
 
     recipe = recipe_from_dict(RunFolder(folder).recipe(), str(folder))
-    return open_pairs_for_recipe(source, recipe, hints=FIXED_HINTS)
+    return _with_images(open_pairs_for_recipe(source, recipe, hints=FIXED_HINTS))
+
+
+def _with_images(pairs: Pairs) -> Pairs:
+    require_images(FIXED_HINTS, pairs)
+    return pairs
 
 
 def _find_run(folder: Path) -> ModelLoader:

@@ -13,6 +13,7 @@ from clasp.commands.run_store import record_store, recorded_store, write_lock
 from clasp.plain_types import ProgressFactory, UserError, no_progress_bar
 from clasp.search.store_copy import copy_entries
 from clasp.search.store_registry import check_store_name, delete_store, open_store
+from clasp.serve.warm_server import running_server
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +33,11 @@ def copy_index(run: Path, target: str, *, bar: ProgressFactory = no_progress_bar
         raise UserError(f"{run} has no index yet; make one with: clasp index {run} FOLDER --store {target}")
     if source == target:
         raise UserError(f"the index of {run} is in the store {source} already")
+    if "edge" in (source, target) and (server := running_server(run)):
+        raise UserError(
+            f"{run} is served at {server.address}, and one process at a time can use a store of the engine edge; stop "
+            f"that server (process {server.pid}), copy, and start it again"
+        )
     with write_lock(run, target), write_lock(run, source):
         old = open_store(run, source)
         try:

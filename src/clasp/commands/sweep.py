@@ -18,7 +18,7 @@ from clasp.commands.repeated_lines import said_once
 from clasp.commands.run_context import Preloaded
 from clasp.commands.train import train_recipe
 from clasp.config.build import ModelAndPreprocessing, build_model, build_model_and_preprocessing, rebuild_heads
-from clasp.config.datasets import TrainValPairs, limit_pairs, open_all_pairs
+from clasp.config.datasets import TrainValPairs, open_all_pairs, select_training_pairs
 from clasp.config.grid import GridPoint, GridSpec
 from clasp.config.recipe import Recipe, recipe_from_dict
 from clasp.config.run_plan import count_samples_per_epoch, hash_pairs
@@ -142,7 +142,7 @@ class _SharedObjects:
 
     def training_pairs(self, recipe: Recipe) -> Pairs:
         """Those that the recipe trains on."""
-        return limit_pairs(self.pairs(recipe)[0], recipe.data.max_pairs)
+        return select_training_pairs(recipe, self.pairs(recipe))
 
     def pairs_hash(self, recipe: Recipe) -> str:
         """The hash of the pairs of a recipe, as saved in a run."""

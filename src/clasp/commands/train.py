@@ -24,11 +24,13 @@ from clasp.config.build import (
     build_model_and_preprocessing,
     class_pairs_of_recipe,
 )
-from clasp.config.datasets import limit_pairs, open_all_pairs
+from clasp.config.datasets import open_all_pairs, select_training_pairs
 from clasp.config.recipe import Recipe
 from clasp.config.run_plan import plan_run
 from clasp.data.distinct_captions import require_distinct_captions
 from clasp.data.folder_lock import lock_folder
+from clasp.data.formats.setting_hints import RECIPE_HINTS
+from clasp.data.missing_images import require_images
 from clasp.data.pairs import skipped_lines
 from clasp.data.readers import PairIndex
 from clasp.data.sample_size import few_validation_pairs
@@ -95,9 +97,10 @@ def train_recipe(
         processes.first(lambda: stack.enter_context(_held(folder)))
         state = processes.first(lambda: folder.read_state() if resume else folder.require_free())
         opened, val = processes.in_turn(lambda: loaded.pairs or open_all_pairs(recipe))
-        train = limit_pairs(opened, recipe.data.max_pairs)
         with processes.alike():
+            train = select_training_pairs(recipe, (opened, val))
             require_validation(train, val)
+            require_images(RECIPE_HINTS, train, val)
         _announce(skipped_lines(train, val), say)
         parts = processes.in_turn(
             lambda: loaded.parts or build_model_and_preprocessing(recipe, lambda: PairIndex(train).texts)

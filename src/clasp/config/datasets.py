@@ -28,15 +28,16 @@ from clasp.data.pairs import (
 )
 from clasp.data.samples.emoji import SAMPLE_SCHEME, sample_file
 from clasp.data.shard_stage import ShardStage
-from clasp.errors import UserError
+from clasp.errors import UserError, counted
 
 TrainValPairs = tuple[Pairs, Pairs]  # training, validation
+_NAME_VAL = "name pairs to validate on with data.val=PAIRS"
 
 
 def open_training_pairs(recipe: Recipe) -> TrainValPairs:
     """Training and validation pairs, of the first at most ``data.max_pairs``. Raises ``UserError``."""
-    train, val = open_all_pairs(recipe)
-    return limit_pairs(train, recipe.data.max_pairs), val
+    opened = open_all_pairs(recipe)
+    return select_training_pairs(recipe, opened), opened[1]
 
 
 def require_sources(data: DataSettings) -> None:
@@ -68,7 +69,26 @@ def open_all_pairs(recipe: Recipe) -> TrainValPairs:
     """Training and validation pairs, filtered by language. Raises ``UserError``."""
     data = recipe.data
     opened = [_open(source, recipe) for _, source in _named_sources(data)]
-    return (opened[0], opened[1]) if len(opened) == 2 else split_by_group(opened[0], data.val_fraction)
+    if len(opened) == 2:
+        return opened[0], opened[1]
+    try:
+        return split_by_group(opened[0], data.val_fraction)
+    except UserError as error:  # one group
+        raise UserError(f"{error}; {_NAME_VAL}") from None
+
+
+def select_training_pairs(recipe: Recipe, opened: TrainValPairs) -> Pairs:
+    """Those of the training pairs that ``data.max_pairs`` selects. Raises ``UserError`` for fewer than two."""
+    (train, val), data = opened, recipe.data
+    if len(train) > 1:
+        return limit_pairs(train, data.max_pairs)
+    if data.val is None:
+        total, held_out = counted(len(train) + len(val), "pair"), f"{len(val):,} {'is' if len(val) == 1 else 'are'}"
+        why = f"of the {total} of {data.train}, {held_out} held out to validate on (data.val_fraction = "
+        why += f"{data.val_fraction:g}); give more pairs, or {_NAME_VAL}"
+    else:
+        why = f"there is no other in data.train = {data.train}; give more pairs"
+    raise UserError(f"training needs at least two pairs to tell apart, and has 1: {why}")
 
 
 def limit_pairs(train: Pairs, max_pairs: int | None) -> Pairs:

@@ -288,7 +288,8 @@ def split_by_group(pairs: Pairs, fraction: float, *, salt: str = "clasp") -> tup
     groups = pairs.group_fractions(salt)
     held_out = groups < fraction
     if groups.min() == groups.max():
-        raise UserError(f"{pairs.name}: all {len(pairs)} pairs are one group, so none can be split off for validation")
+        all_of = "its only pair is" if len(pairs) == 1 else f"all {len(pairs):,} pairs are"
+        raise UserError(f"{pairs.name}: {all_of} one group, so none can be split off for validation")
     if not held_out.any():
         held_out = groups == groups.min()
     if held_out.all():

@@ -60,6 +60,7 @@ class TaskEntry:
 def build_zeroshot(context: TaskContext) -> ZeroShotTask:
     """Raises ``UserError`` for pairs without a class, a class list or a template that cannot be used."""
     from clasp.evaluation.class_labels import CAPTIONS_HINT, has_labels
+    from clasp.evaluation.equal_items import like_class_name_lines
     from clasp.evaluation.from_pairs import zeroshot_task
     from clasp.evaluation.zeroshot import read_class_names, read_descriptions, read_templates
 
@@ -70,6 +71,8 @@ def build_zeroshot(context: TaskContext) -> ZeroShotTask:
     if len(found) == len(pairs) > 1:
         context.say(f"each of the {len(pairs)} images of {context.data} has a class of its own; {CAPTIONS_HINT}")
     classes = read_class_names(options["classes"]) if "classes" in options else sorted(found)
+    for line in like_class_name_lines(classes):
+        context.say(line)
     return zeroshot_task(
         pairs,
         context.inputs,
@@ -83,9 +86,12 @@ def build_zeroshot(context: TaskContext) -> ZeroShotTask:
 
 def build_retrieval(context: TaskContext) -> EvaluationTask:
     """All captions of the pairs, in both directions; within ``folds`` of them, where they are given."""
+    from clasp.evaluation.equal_items import equal_caption_lines
     from clasp.evaluation.folded_retrieval import folded_retrieval_task
     from clasp.evaluation.from_pairs import retrieval_task
 
+    for line in equal_caption_lines(context.pairs, context.data):
+        context.say(line)
     if "folds" in context.options:
         folds = context.options["folds"]
         return folded_retrieval_task(context.pairs, context.inputs, folds=folds, data=context.data)
@@ -95,12 +101,15 @@ def build_retrieval(context: TaskContext) -> EvaluationTask:
 def build_multilingual(context: TaskContext) -> EvaluationTask:
     """Raises ``UserError`` where no caption names its language, or none is in a language that was asked for."""
     from clasp.data.pairs import caption_languages
+    from clasp.evaluation.equal_items import equal_caption_lines
     from clasp.evaluation.from_pairs import multilingual_task
     from clasp.evaluation.language_sets import requested_languages
 
     languages = requested_languages(context.options.get("languages"), caption_languages(context.pairs), context.data)
     if not languages:
         raise UserError(f"no caption of {context.data} names its language; evaluate them with: retrieval")
+    for line in equal_caption_lines(context.pairs, context.data):
+        context.say(line)
     return multilingual_task(context.pairs, context.inputs, languages=languages, data=context.data)
 
 

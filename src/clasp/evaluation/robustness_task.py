@@ -24,9 +24,9 @@ def evaluate_robustness(context: TaskContext, build: Callable[[], ZeroShotTask])
     """The rows of zero-shot classification as ``build`` makes it. Raises ``UserError`` for an unknown corruption, a
     severity that is none, and a model that reads no images."""
     names, severities = _names(context.options["corruptions"]), _severities(context.options["severities"])
+    clean = build()
     if isinstance(context.model, StoredEncoder):
         raise UserError(f"robustness corrupts the images, and {context.model.name} has their embeddings only")
-    clean = build()
     pairs = list(context.pairs)
     rows = [replace(_evaluate(clean, context), direction="clean")]
     for name in names:

@@ -135,6 +135,14 @@ class FilterFields:
                 self._examples.setdefault(name, str(values[0]))
                 self._kinds[name] = tuple(kind for kind in kinds if all(map(kind.is_stored, values)))
 
+    def settle(self, each: MetadataFilter) -> bool:
+        """Whether ``check`` takes a filter, whatever the fields of further entries are."""
+        if each.field in ENTRY_FIELDS:
+            return True
+        kinds = self._kinds.get(each.field, ())
+        typed = each.operator in ("~", "!=") or all(kind.is_typed(each.value) for kind in kinds)
+        return each.field in self._examples and typed
+
     @property
     def names(self) -> list[str]:
         """Those of every entry, then those of pairs and files, sorted."""
@@ -155,6 +163,15 @@ class FilterFields:
                     f"the filter {shorten(str(each))} has no {kinds[0].name} to compare with: {each.field} is a "
                     f"{kinds[0].name} in every entry that has it, such as {self._examples[each.field][:80]}"
                 )
+
+
+def check_filters(filters: Sequence[MetadataFilter], metadata: Iterable[Mapping[str, Any]]) -> None:
+    """``UserError`` as of ``FilterFields.check``; reads no more metadata than it takes to know."""
+    fields, entries = FilterFields(), iter(metadata)
+    while not all(map(fields.settle, filters)):
+        if (meta := next(entries, None)) is None:
+            return fields.check(filters)
+        fields.add(meta)
 
 
 def entry_values(meta: Mapping[str, Any], name: str) -> list[Any]:

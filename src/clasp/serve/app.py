@@ -69,7 +69,7 @@ from clasp.serve.schemas import (
     SearchResponse,
 )
 from clasp.serve.service import NoSuchEntryError, SearchService
-from clasp.serve.warm_server import COMMAND_PATH
+from clasp.serve.warm_server import COMMAND_PATH, PROOF_FIELD, answer_proof, request_proof
 
 _log = logging.getLogger(__name__)
 
@@ -86,7 +86,7 @@ _IMAGE_POLICY = "default-src 'none'; sandbox"
 
 @dataclass(frozen=True, slots=True)
 class CommandAccess:
-    """How ``clasp search`` of the same machine is answered: the key it must send, and the function that draws."""
+    """How ``clasp search`` of the same machine is answered: the key it must know, and the function that draws."""
 
     key: str
     draw: Callable[[str, SearchAnswer], bytes]
@@ -244,15 +244,28 @@ def _add_command_route(app: FastAPI, service: SearchService, access: CommandAcce
     def command(
         given: Annotated[CommandSearchParameters, Query()],
         body: Annotated[bytes, Depends(_body)],
-        x_clasp_key: Annotated[str, Header()] = "",
+        request: Request,
+        x_clasp_nonce: Annotated[str, Header()] = "",
+        x_clasp_proof: Annotated[str, Header()] = "",
     ) -> Response:
-        if not hmac.compare_digest(x_clasp_key.encode("utf-8", "replace"), access.key.encode()):
+        wanted = request_proof(access.key, x_clasp_nonce, request.scope["query_string"], body)
+        if not hmac.compare_digest(x_clasp_proof.encode("utf-8", "replace"), wanted.encode()):
             raise HTTPException(403, "this is not the server of that run")
-        query = query_of(given, weighted_images(given, split_images(given, body)), service.limits)
-        answer = service.search(query, part_of(given, service.limits, given.only_close))
+
+        def proved(status: int, content: bytes) -> Response:
+            proof = {PROOF_FIELD: answer_proof(access.key, x_clasp_nonce, content)}
+            return Response(content, status, proof, media_type="application/octet-stream")
+
+        try:
+            query = query_of(given, weighted_images(given, split_images(given, body)), service.limits)
+            answer = service.search(query, part_of(given, service.limits, given.only_close))
+        except UserError as error:
+            if type(error) is not UserError:  # of the server, not of the search
+                raise
+            return proved(400, json.dumps({"error": str(error)}).encode())
         sheet = access.draw(given.q, answer)
         head = json.dumps(answer.to_dict()).encode()  # escapes what is no valid Unicode
-        return Response(len(head).to_bytes(8) + head + sheet, media_type="application/octet-stream")
+        return proved(200, len(head).to_bytes(8) + head + sheet)
 
 
 async def _body(request: Request) -> bytes:

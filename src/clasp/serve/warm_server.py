@@ -2,13 +2,15 @@
 
 Input: a run folder, and a search as typed. Output: a ``WarmAnswer``, or ``None`` if no server of this run answers, in
 which case the caller loads the model itself. Note: ``RUN/server.json`` holds the address, the process id and a random
-key, readable by its owner only. A server refuses a key that is not its own, so that the server of another run at a
-stale address is ignored; a server proves nothing to the command. Asking must not cost imports: standard library only,
-and one request over a socket, since ``http.client`` imports a mail parser and TLS.
+key, readable by its owner only, which is never sent: the command and the server prove to each other that they know it
+(HMAC, RFC 2104) for a number that is used once, so that whatever listens at a stale address is ignored, and learns
+nothing to ask with. Asking must not cost imports: standard library only, and one request over a socket, since
+``http.client`` imports a mail parser and TLS.
 """
 
 from __future__ import annotations
 
+import hmac
 import json
 import os
 import socket
@@ -22,8 +24,11 @@ from clasp.serve.loopback import is_loopback
 
 SERVER_FILE = "server.json"
 _SECONDS = 20.0
+_REACHED_SECONDS = 2.0
 COMMAND_PATH = "/api/command/search"
-"""Answers ``clasp search`` of the same machine, which proves itself by the key in the run folder"""
+"""Answers ``clasp search`` of the same machine, which proves that it knows the key in the run folder"""
+NONCE_FIELD, PROOF_FIELD = "x-clasp-nonce", "x-clasp-proof"
+"""Fields of the request, the second also of the answer"""
 
 
 class ServerRecord(NamedTuple):
@@ -48,6 +53,24 @@ def new_key() -> str:
     import secrets
 
     return secrets.token_urlsafe(24)
+
+
+def request_proof(key: str, nonce: str, query: bytes, body: bytes) -> str:
+    """What a command proves itself with: of its own number, the query of its address and its body."""
+    return _proof(key, b"request", nonce.encode("latin-1", "replace"), query, body)
+
+
+def answer_proof(key: str, nonce: str, body: bytes) -> str:
+    """What a server proves itself with: of the number of the request and the body of its answer."""
+    return _proof(key, b"answer", nonce.encode("latin-1", "replace"), body)
+
+
+def _proof(key: str, *parts: bytes) -> str:
+    whole = hmac.new(key.encode(), digestmod="sha256")
+    for part in parts:  # each after its length, so that no two lists of parts are the same bytes
+        whole.update(len(part).to_bytes(8))
+        whole.update(part)
+    return whole.hexdigest()
 
 
 def write_record(run: Path, record: ServerRecord) -> None:
@@ -80,6 +103,19 @@ def read_record(run: Path) -> ServerRecord | None:
     return record if whole else None
 
 
+def running_server(run: Path) -> ServerRecord | None:
+    """The record of a run whose server can be reached."""
+    record = read_record(run)
+    if record is None:
+        return None
+    place = urllib.parse.urlsplit(record.address)
+    try:
+        socket.create_connection((place.hostname or "", place.port or 0), _REACHED_SECONDS).close()
+    except OSError:
+        return None  # another process has the number of one that ended
+    return record
+
+
 def ask_warm_server(
     run: Path,
     words: str | None,
@@ -102,7 +138,7 @@ def ask_warm_server(
         given["only_close"] = True
     asked = urllib.parse.urlencode(given, doseq=True, errors="surrogatepass")
     try:
-        code, body = _post(record, f"{COMMAND_PATH}?{asked}", b"".join(data for data, _ in images))
+        code, body = _post(record, asked, b"".join(data for data, _ in images))
         if code == 400:  # what else the server refuses, the caller does on its own
             line = json.loads(body)["error"]
             return None if "at most" in line else WarmAnswer({}, b"", line)
@@ -112,20 +148,24 @@ def ask_warm_server(
         return None
 
 
-def _post(record: ServerRecord, path: str, body: bytes) -> tuple[int, bytes]:
+def _post(record: ServerRecord, query: str, body: bytes) -> tuple[int, bytes]:
     """The status and the body of the answer to one request, in a connection of its own.
 
     HTTP/1.0, so that the answer ends with the connection (RFC 1945). Raises ``OSError``, and ``ValueError`` or
-    ``IndexError`` for what is no whole answer.
+    ``IndexError`` for what is no whole answer, or not of a server that knows the key.
     """
-    place = urllib.parse.urlsplit(record.address)
-    fields = f"host: {place.netloc}", f"content-length: {len(body)}", f"x-clasp-key: {record.key}"
+    place, nonce = urllib.parse.urlsplit(record.address), os.urandom(16).hex()
+    proof = request_proof(record.key, nonce, query.encode(), body)
+    given = {"host": place.netloc, "content-length": len(body), NONCE_FIELD: nonce, PROOF_FIELD: proof}
+    path, fields = f"{COMMAND_PATH}?{query}", [f"{name}: {value}" for name, value in given.items()]
     with socket.create_connection((place.hostname or "", place.port or 0), _SECONDS) as connection:
         connection.sendall("\r\n".join((f"POST {path} HTTP/1.0", *fields, "", "")).encode("latin-1") + body)
         answer = b"".join(iter(lambda: connection.recv(1 << 16), b""))
     head, _, content = answer.partition(b"\r\n\r\n")
     status, *answered = head.decode("latin-1").split("\r\n")
-    named = {name.lower(): value for name, _, value in (field.partition(":") for field in answered)}
+    named = {name.lower(): value.strip() for name, _, value in (field.partition(":") for field in answered)}
     if not status.startswith("HTTP/") or int(named.get("content-length", -1)) != len(content):
         raise ValueError(f"{record.address} gave no whole answer")
+    if not hmac.compare_digest(named.get(PROOF_FIELD, "").encode(), answer_proof(record.key, nonce, content).encode()):
+        raise ValueError(f"{record.address} does not know the key of the run")
     return int(status.split()[1]), content

@@ -179,12 +179,6 @@ class TrainPlan:
         return settings.model_copy(update={"batch_size": self.batch_size, "epochs": self.epochs})
 
 
-def require_two_pairs(pairs: int) -> None:
-    """Raises ``UserError`` for fewer training pairs than two."""
-    if pairs < 2:
-        raise UserError(f"training needs at least two pairs to tell apart, and there {'is 1' if pairs else 'are 0'}")
-
-
 def plan_training(settings: TrainSettings, pairs: int, *, max_batch_size: int = MAX_AUTO_BATCH_SIZE) -> TrainPlan:
     """Batch size and epochs for ``pairs`` training pairs; values set in the recipe are used as they are.
 
@@ -194,7 +188,8 @@ def plan_training(settings: TrainSettings, pairs: int, *, max_batch_size: int = 
     within the last epoch.
     Raises UserError for fewer than two pairs, or a set batch of more than there are.
     """
-    require_two_pairs(pairs)
+    if pairs < 2:
+        raise UserError(f"training needs at least two pairs to tell apart, and there {'is 1' if pairs else 'are 0'}")
     reasons = []
     if settings.batch_size == "auto":
         room = max(2, min(pairs // 4, max_batch_size))

@@ -26,9 +26,11 @@ class OutsideRootError(UserError):
 
 @dataclass(frozen=True, slots=True)
 class SettingHints:
-    """What to set: ``columns``, names of columns; ``image_root``, the folder that relative paths start from."""
+    """What to set: ``columns``, names of columns; ``images``, where images are not there; ``image_root``, where their
+    paths lead out of a folder."""
 
     columns: str
+    images: str
     image_root: str
 
     @classmethod
@@ -36,6 +38,7 @@ class SettingHints:
         """Those of a vocabulary of ``key=value``; ``prefix`` is before the name of a column, ``root`` the whole key."""
         return cls(
             f"columns of other names: {prefix}image=NAME {prefix}caption=NAME",
+            f"name the folder that relative paths start from: {root}=FOLDER",
             f"where that is meant, name the folder that relative paths start from: {root}=FOLDER",
         )
 
@@ -65,12 +68,14 @@ OPTION_HINTS = SettingHints.of_keys("", "image_root")
 """The options of a task: eval, compare, analyze, maps"""
 PYTHON_HINTS = SettingHints(
     "columns of other names: columns=ColumnNames(image=NAME, caption=NAME)",
+    "name the folder that relative paths start from: image_root=FOLDER",
     "where that is meant, name the folder that relative paths start from: image_root=FOLDER",
 )
 """The arguments of ``open_pairs``"""
 FIXED_HINTS = SettingHints(
     "other names are read only where the run was trained on this source: rename the columns, or index the folder of "
     "the images",
+    "index the folder of the images",
     "other folders are read only where the run was trained on this source: index the folder of the images",
 )
 """Verbs that take no such setting: index, serve, watch"""

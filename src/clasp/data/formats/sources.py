@@ -11,6 +11,7 @@ import re
 import unicodedata
 import weakref
 from dataclasses import dataclass
+from typing import ClassVar
 
 from clasp.data.formats.index_cache import file_stamp
 from clasp.data.formats.rows import shorten
@@ -27,6 +28,8 @@ class FileSource:
     """
 
     path: str
+    MISSING: ClassVar = "missing"
+    """The version of a file that does not exist"""
 
     @property
     def name(self) -> str:
@@ -37,7 +40,7 @@ class FileSource:
         try:
             return file_stamp(_on_disk(self.path))
         except OSError:
-            return "missing"
+            return self.MISSING
 
     def read(self) -> bytes:
         try:

@@ -37,18 +37,19 @@ def evaluate_retention(context: TaskContext) -> list[EvaluationResult]:
     anything is computed.
     """
     assert context.run is not None, "its TaskEntry needs a run"
-    run, model = context.run.folder, context.run.model
+    run = context.run.folder
     if (run / "imported.json").exists():
         raise UserError(
             f"{run.name} was imported, and a checkpoint has its towers only as they became: there are no features "
             "before alignment to compare with; evaluate retention of a run that clasp trained"
         )
-    plan = plan_probes(context)
+    plan, towers = plan_probes(context), context.towers
+    model = towers.model
     base = _build_base_model(context.run.recipe, model)
     extractor = ProbeFeatureExtractor(
         model=model,
         base=base,
-        inputs=context.run.inputs,
+        inputs=towers.inputs,
         pairs=plan.pairs,
         fit=plan.fit,
         captions=plan.captions,

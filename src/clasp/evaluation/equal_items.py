@@ -1,0 +1,69 @@
+"""Captions, class names and images that are equal, so that no model can tell them apart and results are near chance.
+
+Input: pairs or class names. Output: an error where all are equal, status lines where some are. Note: no text is
+tokenized and of images few are read; texts that one text tower reads alike are found when the model is there
+(``DeferredInputs``).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+
+from clasp.data.distinct_captions import shown_text
+from clasp.errors import counted
+from clasp.evaluation.name_checks import quote_first
+from clasp.types import Caption, Pair, UserError
+
+
+def equal_caption_lines(pairs: Sequence[Pair], data: str) -> Iterator[str]:
+    """A warning where captions in a language are those of several groups. Raises ``UserError`` where all captions are
+    equal, and there are two groups."""
+    first: dict[Caption, str] = {}
+    others: defaultdict[Caption, set[str]] = defaultdict(set)
+    for pair in pairs:
+        for caption in pair.captions:
+            if first.setdefault(caption, pair.group) != pair.group:
+                others[caption].add(pair.group)
+    if not others:
+        return
+    top = max(others, key=lambda caption: len(others[caption]))
+    if len(first) == 1:
+        raise UserError(
+            f"every caption of {data} is {shown_text(top.text)}, so nothing tells the images apart; caption= names the "
+            "column of captions"
+        )
+    yield (
+        f"warning: {len(others):,} of the {counted(len(first), 'different caption')} of {data} are those of "
+        f"several images, such as {shown_text(top.text)} ({len(others[top]) + 1:,}); each is right for its own alone"
+    )
+
+
+def like_class_name_lines(classes: Sequence[str]) -> Iterator[str]:
+    """A warning where class names differ in case and spaces alone, which many text towers do not see."""
+    alike: defaultdict[str, list[str]] = defaultdict(list)
+    for name in classes:
+        alike["".join(name.casefold().split())].append(name)
+    if several := [name for names in alike.values() if len(names) > 1 for name in names]:
+        yield f"warning: class names that differ in case or spaces alone: {quote_first(several, 6)}"
+
+
+def require_different_images(pairs: Sequence[Pair], data: str) -> None:
+    """Raises ``UserError`` where all images are the same bytes, and there are two groups. Reads images until one
+    differs or cannot be read."""
+    first = pairs[0]
+    several = False
+    try:
+        content = first.image.read()
+        for pair in pairs:
+            if pair.group != first.group:
+                several = True
+                if pair.image.read() != content:
+                    return
+    except (OSError, UserError):  # reported where images are read
+        return
+    if several:
+        raise UserError(
+            f"every image of {data} is the same, byte for byte, such as {first.image.name}, so nothing tells them "
+            "apart; image= names the column of images"
+        )

@@ -1,0 +1,193 @@
+"""What pairs alone show to be wrong is refused before a tower is loaded, in one line that says what to set."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from clasp.commands.analyze import analyze_run
+from clasp.commands.auto import AutoCallbacks, climb
+from clasp.commands.compare import compare_models
+from clasp.commands.evaluate import evaluate_run
+from clasp.commands.evaluated_model import ModelSource
+from clasp.commands.patch_maps import map_patches
+from clasp.commands.search_model import open_images
+from clasp.commands.train import train_recipe
+from clasp.config.recipe import DataSettings, Recipe, recipe_from_dict
+from clasp.convert.onnx_model import MANIFEST_FILE
+from clasp.evaluation.registry import EVALUATION_TASKS
+from clasp.types import ProgressFactory, UserError
+
+_LABELLED = {"zeroshot", "multilingual_zeroshot", "multilabel", "multilabel_probe", "knn", "probe", "robustness"}
+
+
+def write_table(file: Path, *rows: dict[str, str]) -> Path:
+    with file.open("w", newline="") as opened:
+        writer = csv.DictWriter(opened, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return file
+
+
+@pytest.fixture
+def captions(tmp_path: Path) -> Path:
+    """Four images that are there, with captions, and no other column than a number."""
+    for number in range(4):
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / f"{number}.png")
+    return write_table(
+        tmp_path / "captions.csv",
+        *({"filepath": f"{number}.png", "title": f"caption {number}", "year": "1"} for number in range(4)),
+    )
+
+
+@pytest.fixture
+def moved(tmp_path: Path) -> Path:
+    """A table of 600 images, none of which is there."""
+    rows = ({"filepath": f"photos/{n}.jpg", "title": f"caption {n}", "class": f"c{n % 2}"} for n in range(600))
+    return write_table(tmp_path / "moved.csv", *rows)
+
+
+@pytest.fixture
+def evaluated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every model is found, and fails the test where it is loaded."""
+
+    def load(bar: ProgressFactory) -> None:
+        pytest.fail("the towers were loaded")
+
+    def find(model: str | Path) -> ModelSource:
+        return ModelSource(str(model), DataSettings(), load)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("clasp.commands.evaluate.find_model", find)
+    monkeypatch.setattr("clasp.commands.compare.find_model", find)
+
+
+def options(task: str, data: Path) -> list[str]:
+    """What the task requires; every option that names a file names one that fits."""
+    required = {option.name for option in EVALUATION_TASKS[task].options if option.required}
+    classes = data.parent / "names.json"
+    classes.write_text('{"en": [[0, 1], ["a", "b"]]}')
+    values = {"classes": classes, "fit": data}
+    return [f"data={data}", *(f"{name}={values[name]}" for name in sorted(required))]
+
+
+def compare_with_itself(task: str, typed: list[str], out: Path) -> object:
+    return compare_models(("a", "b"), task, typed)
+
+
+def evaluate(task: str, typed: list[str], out: Path) -> object:
+    return evaluate_run("a", task, typed, out=out)
+
+
+VERBS: dict[str, Callable[[str, list[str], Path], object]] = {"eval": evaluate, "compare": compare_with_itself}
+ASKED = [
+    (verb, task)
+    for verb in VERBS
+    for task, entry in EVALUATION_TASKS.items()
+    if not entry.needs_run and (verb == "eval" or entry.build is not None)
+]
+
+
+@pytest.mark.usefixtures("evaluated")
+@pytest.mark.parametrize(("verb", "task"), [each for each in ASKED if each[1] in _LABELLED])
+def test_pairs_without_labels_are_refused_with_the_columns_there_are(
+    verb: str, task: str, captions: Path, tmp_path: Path
+):
+    with pytest.raises(UserError, match=r"label= one of: year; pairs of images and captions are.* retrieval$") as error:
+        VERBS[verb](task, options(task, captions), tmp_path / "out")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.usefixtures("evaluated")
+@pytest.mark.parametrize(("verb", "task"), ASKED)
+def test_images_that_are_all_missing_are_refused_by_every_task(verb: str, task: str, moved: Path, tmp_path: Path):
+    with pytest.raises(UserError) as error:
+        VERBS[verb](task, options(task, moved), tmp_path / "out")
+    assert str(error.value) == (
+        f"{moved}: none of its 600 images is there; the first would be {tmp_path}/photos/0.jpg; "
+        "name the folder that relative paths start from: image_root=FOLDER"
+    )
+
+
+def toy_recipe(data: Path, **sections: object) -> Recipe:
+    towers = {"image": {"tower": "file:none"}, "text": {"tower": "file:none"}}
+    return recipe_from_dict({**towers, "data": {"train": str(data)}, **sections}, "toy")
+
+
+def train(data: Path, run: Path) -> object:
+    return train_recipe(toy_recipe(data), run, say=lambda line: None)
+
+
+def train_auto(data: Path, run: Path) -> object:
+    return climb(toy_recipe(data, auto={"minutes": 1}), run, AutoCallbacks(say=lambda line: None))
+
+
+def with_run(verb: Callable[[Path, list[str]], object]) -> Callable[[Path, Path], object]:
+    """The verb on a folder with the recipe of a run, and no weights."""
+
+    def on_run(data: Path, run: Path) -> object:
+        run.mkdir()
+        (run / "recipe.toml").write_text(toy_recipe(data).to_toml())
+        for name in ("base.json", "transform.json"):
+            (run / name).write_text("{}")
+        (run / "tokenizer").mkdir()
+        return verb(run, [f"data={data}"])
+
+    return on_run
+
+
+def index(data: Path, run: Path) -> object:
+    run.mkdir()
+    (run / MANIFEST_FILE).write_text("{}")
+    return open_images(run, str(data))
+
+
+@pytest.mark.parametrize(
+    ("verb", "hint"),
+    [
+        pytest.param(train, "name the folder that relative paths start from: data.image_root=FOLDER", id="train"),
+        pytest.param(train_auto, "name the folder that relative paths start from: data.image_root=FOLDER", id="auto"),
+        pytest.param(with_run(analyze_run), "start from: image_root=FOLDER", id="analyze"),
+        pytest.param(with_run(map_patches), "start from: image_root=FOLDER", id="maps"),
+        pytest.param(index, "index the folder of the images", id="index"),
+    ],
+)
+def test_images_that_are_all_missing_are_refused_by_every_verb(
+    verb: Callable[[Path, Path], object], hint: str, moved: Path, tmp_path: Path
+):
+    with pytest.raises(UserError, match=f"^{moved}: none of its .* images is there; .*{hint}$"):
+        verb(moved, tmp_path / "run")
+
+
+@pytest.mark.usefixtures("evaluated")
+@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize(
+    ("task", "titles", "said"),
+    [
+        ("retrieval", ["a photo"] * 4, "every caption of .* is 'a photo', so nothing tells .* caption= names"),
+        ("multilingual", ['{"en": "a photo"}'] * 4, "every caption of .* is 'a photo', so nothing tells"),
+    ],
+)
+def test_equal_captions_are_refused(verb: str, task: str, titles: list[str], said: str, tmp_path: Path):
+    table = write_images_and_table(tmp_path, titles)
+    with pytest.raises(UserError, match=said):
+        VERBS[verb](task, options(task, table), tmp_path / "out")
+
+
+@pytest.mark.usefixtures("evaluated")
+@pytest.mark.parametrize("task", ["retrieval", "zeroshot"])
+def test_images_of_the_same_bytes_are_refused(task: str, captions: Path, tmp_path: Path):
+    for file in tmp_path.glob("*.png"):
+        file.write_bytes((tmp_path / "0.png").read_bytes())
+    with pytest.raises(UserError, match=r"every image of .* is the same, byte for byte.* image= names"):
+        evaluate(task, options(task, captions), tmp_path / "out")
+
+
+def write_images_and_table(folder: Path, titles: list[str]) -> Path:
+    for number in range(len(titles)):
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(folder / f"{number}.png")
+    rows = ({"filepath": f"{number}.png", "title": title} for number, title in enumerate(titles))
+    return write_table(folder / "images.csv", *rows)
