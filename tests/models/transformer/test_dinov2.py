@@ -162,7 +162,7 @@ def test_features_are_keyed_by_how_they_attend():
     before = FrozenTower(tower, precision="bfloat16").fingerprint
     with plain_attention_everywhere():
         assert FrozenTower(tower, precision="bfloat16").fingerprint == before and before.endswith(
-            ":products:class-token"
+            ":scaled-products:class-token"
         )
     assert FrozenTower(tower).fingerprint == tower.layer_fingerprint
 
