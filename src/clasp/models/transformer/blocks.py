@@ -46,7 +46,8 @@ def add_to(branch: Float[Tensor, "*batch D"], states: Float[Tensor, "*batch D"])
 def add_rounded_to(branch: Float[Tensor, "*batch D"], states: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
     """The residual sum with an output that may be held elsewhere: in inference mode in place of a copy in the dtype of
     the states, where it is higher."""
-    return branch + states if branch.dtype == states.dtype else add_to(branch, states)
+    exact = torch.promote_types(branch.dtype, states.dtype)
+    return branch + states if branch.dtype == exact else add_to(branch, states)
 
 
 class LayerNorm(nn.LayerNorm):

@@ -124,13 +124,14 @@ class _Block(nn.Module):
         return add_to(_scaled(self.mlp, self.layer_scale2, self.norm2(states)), states)
 
 
-def _scaled(branch: _Attention | _FeedForward, scale: _LayerScale, *inputs: Any) -> Float[Tensor, "B M D"]:
+def _scaled(branch: nn.Module, scale: nn.Module, *inputs: Any) -> Float[Tensor, "B M D"]:
     """The output of a branch times the layer scale; by the branch itself in inference mode, which may have its last
     product do it, unless something watches its output."""
-    watched = branch._forward_hooks or branch._forward_pre_hooks or "forward" in vars(branch)
-    if watched or not torch.is_inference_mode_enabled():
-        return scale(branch(*inputs))
-    return branch(*inputs, scale=scale)
+    ours = isinstance(branch, _Attention | _FeedForward) and "forward" not in vars(branch)
+    watched = branch._forward_hooks or branch._forward_pre_hooks
+    if ours and torch.is_inference_mode_enabled() and not watched:
+        return branch(*inputs, scale=scale)
+    return scale(branch(*inputs))
 
 
 class _Attention(nn.Module):
