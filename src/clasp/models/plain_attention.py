@@ -54,12 +54,12 @@ def plain_products(
     ``mask`` broadcasts to ``[*batch N M]``: true where attended to, or added to the logits. A query that may attend to
     nothing attends to all keys alike, where the fused kernel returns zeros.
     """
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    factor: float = q.shape[-1] ** -0.5 if scale is None else scale
     if q.dtype == torch.bfloat16 and q.shape[:-2] == k.shape[:-2]:
         rows, keys = (each.reshape(-1, *each.shape[-2:]) for each in (q, k))
-        logits = _scaled_logits(rows, keys, scale).view(*q.shape[:-1], -1)
+        logits = _scaled_logits(rows, keys, factor).view(*q.shape[:-1], -1)
     else:
-        logits = (q * scale) @ k.transpose(-2, -1)
+        logits = (q * factor) @ k.transpose(-2, -1)
     if causal:
         assert mask is None, "as in PyTorch: a mask, or causal"
         mask = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
