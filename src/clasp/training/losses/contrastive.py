@@ -2,9 +2,10 @@
 
 One signature (``clasp.types.Loss``); ``LOSSES`` has a row for each. ``scale`` is the logit scale, the exponential of
 the learned log scale. Note: the B x B logits are never materialised. They are computed in tiles, once forward and once
-more backward, so memory is O(B tile) for a third more arithmetic. A row may have several positives, given by
-``groups``; and logits are at least float32 whatever the autocast state, because a bfloat16 logit of 100 has a
-resolution of half a unit. A batch on several processes is gathered before (``training.batch_parts``).
+more backward, so memory is O(B tile) for a third more arithmetic; InfoNCE of one tile computes them once. A row may
+have several positives, given by ``groups``; and logits are at least float32 whatever the autocast state, because a
+bfloat16 logit of 100 has a resolution of half a unit. A batch on several processes is gathered before
+(``training.batch_parts``).
 """
 
 from __future__ import annotations
