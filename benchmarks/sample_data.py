@@ -166,7 +166,10 @@ class Ours:
     def step(self, batch: Batch) -> int:
         """One step; returns its pairs."""
         with use_attention_kernel(self.kernel):
-            self.stepper.step(batch, self.steps)
+            return self._step(batch)
+
+    def _step(self, batch: Batch) -> int:
+        self.stepper.step(batch, self.steps)
         self.steps += 1
         return len(batch.ids)
 
@@ -174,10 +177,11 @@ class Ours:
         """An epoch, or its first ``most`` steps; returns the number of pairs."""
         self.epochs += 1
         seen = 0
-        for number, batch in enumerate((batches or self.batches).epoch(self.epochs)):
-            if number == most:
-                break
-            seen += self.step(batch)
+        with use_attention_kernel(self.kernel):  # once, as in a run
+            for number, batch in enumerate((batches or self.batches).epoch(self.epochs)):
+                if number == most:
+                    break
+                seen += self._step(batch)
         return seen
 
     def kept(self, batch: Batch) -> int:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from clasp.models.low_rank_forward import project_together
-from clasp.models.packed_weights import packed_products, packed_weights, product
+from clasp.models.packed_weights import packed_products, packed_weights, product, scaled_product
 from clasp.models.tuning.peft_methods import inject_peft
 from clasp.training.cost.flops import count_flops
 
@@ -53,6 +53,40 @@ def test_from_the_second_use_on_products_are_those_of_the_layers(count: int, bia
         for one, same, layer in zip(found, project_together(rows, given), given, strict=True):
             torch.testing.assert_close(one, layer(rows), rtol=0.01, atol=0.01)
             assert torch.equal(one, same)
+
+
+def test_where_several_passes_are_announced_the_first_is_packed() -> None:
+    with torch.inference_mode(), packed_weights(at_once=True), torch.autocast("cpu", torch.bfloat16):
+        assert packed_products(X, layers()) is not None
+        assert packed_products(X, [nn.Sequential(*layers(1))]) is None
+
+
+class _Factor(nn.Module):
+    def __init__(self, values: Tensor):
+        super().__init__()
+        self.values = values
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.values
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.usefixtures("encoding")
+def test_a_factor_is_in_the_product_unless_something_watches(bias: bool) -> None:
+    (layer,), factor = layers(1, bias=bias), _Factor(torch.linspace(-2, 2, 32))
+    called, packed = (scaled_product(layer, X, factor, factor.values) for _ in range(2))
+    assert called.dtype == torch.float32 and packed.dtype == torch.bfloat16
+    torch.testing.assert_close(packed.float(), called, rtol=0.02, atol=0.02)
+    with torch.autocast("cpu", enabled=False):
+        bias_or_none = None if layer.bias is None else layer.bias.double()
+        exact = factor(nn.functional.linear(X.double(), layer.weight.double(), bias_or_none))
+    assert (packed - exact).norm() <= 1.1 * (called - exact).norm(), "rounded no more often"
+    for watched in (layer, factor):
+        seen: list[Tensor] = []
+        hook = watched.register_forward_hook(lambda _, __, out, seen=seen: seen.append(out))
+        assert torch.equal(scaled_product(layer, X, factor, factor.values), factor(layer(X)))
+        hook.remove()
+        assert seen
 
 
 def test_changed_weights_are_seen_by_the_next_call() -> None:

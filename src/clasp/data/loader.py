@@ -72,8 +72,8 @@ class BatchReader:
         else:
             ids = tuple([read(number).id for number in numbers])
             groups = [read(number).group for number in numbers]
-        columns = torch.tensor([self.group_ids(groups), self.group_ids(text.texts)], dtype=torch.int64)
-        return Batch(ids, image.inputs, text.inputs, columns.T.contiguous(), image.skipped)
+        columns = np.array((self.group_ids(groups), self.group_ids(text.texts)), dtype=np.int64)
+        return Batch(ids, image.inputs, text.inputs, torch.from_numpy(columns.T.copy()), image.skipped)
 
     def group_ids(self, keys: Sequence[Hashable]) -> list[int]:
         """Integers that are equal where the keys are."""

@@ -14,12 +14,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from clasp.models.head_settings import HeadSettings
-from clasp.models.heads import ProjectionHead
+from clasp.models.heads import ProjectionHead, to_unit_length
 from clasp.models.logit_settings import LogitSettings
 from clasp.models.pretrained_heads import find_pretrained_heads, warn_of_unused_heads
 from clasp.models.sharing.policy import SharingPlan
@@ -212,12 +211,12 @@ class DualEncoder(nn.Module):
     def embed_image(self, inputs: ImageInput) -> Float[Tensor, "B E"]:
         """Images, or cached features of the image tower, to L2-normalised embeddings."""
         pooled = inputs.values if isinstance(inputs, PooledFeatures) else self.image.pooled(inputs)
-        return F.normalize(self.image_head(pooled).float(), dim=-1)
+        return to_unit_length(self.image_head(pooled))
 
     def embed_text(self, inputs: TextInput) -> Float[Tensor, "B E"]:
         """Captions, or cached features of the text tower, to L2-normalised embeddings."""
         pooled = inputs.values if isinstance(inputs, PooledFeatures) else self.text.pooled(inputs)
-        return F.normalize(self.text_head(pooled).float(), dim=-1)
+        return to_unit_length(self.text_head(pooled))
 
     def encode_image(self, pixels: Float[Tensor, "B 3 height width"]) -> Float[Tensor, "B E"]:
         """Normalised pixels to L2-normalised embeddings."""

@@ -35,7 +35,7 @@ class FrozenTower:
         if self.precision == "float32":
             return weights
         # captions without padding, which attend in products, and class tokens without patches differ in their last bits
-        weights += ":unpadded-products" if self.tower.packs_captions else ""
+        weights += ":unpadded-scaled-products" if self.tower.packs_captions else ""
         return weights + (":class-token" if self.tower.can_leave_out_patches else "")
 
     @property
@@ -102,7 +102,7 @@ def _kernel_suffix(precision: Precision, tower: Tower) -> str:
     products = precision != "float32" and tower.attends_in_products
     if torch.backends.cuda.flash_sdp_enabled() and not products:
         return ""
-    return ":plain" if precision == "float32" else ":products"
+    return ":plain" if precision == "float32" else ":scaled-products"
 
 
 def find_frozen_part(tower: Tower, size: int, precision: Precision = "float32") -> FrozenTower | FrozenPrefix | None:

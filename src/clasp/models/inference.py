@@ -107,7 +107,7 @@ class EmbeddingModel:
         rows, done = [], 0
         batch_size = inference_batch_size(self.transform.size, self.device)
         reading = read_ahead(list(enumerate(images)), self._pixels, batch=batch_size, ahead=self._ahead)
-        with packed_weights(), closing(reading) as batches:
+        with packed_weights(at_once=len(images) > batch_size), closing(reading) as batches:
             for batch in batches:
                 rows.append(self.encode_pixels(torch.stack(batch)))
                 progress(done := done + len(batch), len(images))
@@ -118,7 +118,8 @@ class EmbeddingModel:
     ) -> Float[Tensor, "n E"]:
         """Outputs of ``transform`` to L2-normalised embeddings; the batch size is chosen by device."""
         pixels, batch_size = torch.as_tensor(pixels), inference_batch_size(self.transform.size, self.device)
-        with torch.inference_mode(), packed_weights(), computing_in(self.precision.image, self.device):
+        several = packed_weights(at_once=len(pixels) > batch_size)
+        with torch.inference_mode(), several, computing_in(self.precision.image, self.device):
             parts = (to_device(Pixels(part), self.device) for part in pixels.split(batch_size))
             return torch.cat([self.encoder.embed_image(part).cpu() for part in parts])
 

@@ -54,7 +54,12 @@ def plain_products(
     ``mask`` broadcasts to ``[*batch N M]``: true where attended to, or added to the logits. A query that may attend to
     nothing attends to all keys alike, where the fused kernel returns zeros.
     """
-    logits = (q * (q.shape[-1] ** -0.5 if scale is None else scale)) @ k.transpose(-2, -1)
+    factor: float = q.shape[-1] ** -0.5 if scale is None else scale
+    if q.dtype == torch.bfloat16 and q.shape[:-2] == k.shape[:-2]:
+        rows, keys = (each.reshape(-1, *each.shape[-2:]) for each in (q, k))
+        logits = _scaled_logits(rows, keys, factor).view(*q.shape[:-1], -1)
+    else:
+        logits = (q * factor) @ k.transpose(-2, -1)
     if causal:
         assert mask is None, "as in PyTorch: a mask, or causal"
         mask = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
@@ -62,6 +67,11 @@ def plain_products(
         logits = logits + addend
     weights = logits.softmax(-1)
     return (F.dropout(weights, dropout) if dropout else weights) @ v
+
+
+def _scaled_logits(rows: Float[Tensor, "n N D"], keys: Float[Tensor, "n M D"], scale: float) -> Float[Tensor, "n N M"]:
+    """``rows keysᵀ · scale`` in bfloat16, scaled in the product, before it is rounded."""
+    return torch.baddbmm(rows.new_empty(()), rows, keys.mT, beta=0, alpha=scale)
 
 
 def _as_addend(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -72,12 +82,12 @@ def _as_addend(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 
 class _Products(torch.autograd.Function):
-    """``plain_products`` without dropout: each input is laid out by heads once, and scaled in place."""
+    """``plain_products`` without dropout: each input is laid out by heads once."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, addend: Tensor | None, scale: float) -> Tensor:
         rows, keys, values = (each.reshape(-1, *each.shape[-2:]) for each in (q, k, v))
-        logits = torch.bmm(rows, keys.mT).mul_(scale)
+        logits = _scaled_logits(rows, keys, scale)
         if addend is not None:
             logits = logits.view(*q.shape[:-1], -1).add_(addend).view_as(logits)
         weights = torch.softmax(logits, -1)

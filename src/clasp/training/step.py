@@ -154,13 +154,16 @@ class Stepper:
         with around_gradient or nullcontext():
             measured = self.backward(batch, number)
         self.processes.sum_gradients(list(self.weights.values()))
-        norm = torch.nn.utils.clip_grad_norm_(list(self.weights.values()), self.max_norm)
+        weights = list(self.weights.values())
+        norm = torch.nn.utils.get_total_norm([weight.grad for weight in weights if weight.grad is not None])
         # the only synchronisation with the GPU in a step
         loss, scale, gradient_norm = torch.stack([measured.loss, measured.scale, norm.float()]).tolist()
         if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
             self.optimizer.zero_grad()
             with self.processes.alike():
                 raise UserError(self.divergence_message(loss, number, lr))
+        if gradient_norm > 0.99 * self.max_norm - 1e-5:  # below, the factor is 1: a pass over the gradients less
+            torch.nn.utils.clip_grads_with_norm_(weights, self.max_norm, norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.model.after_step()

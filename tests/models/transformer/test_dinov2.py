@@ -12,6 +12,7 @@ import transformers as hf
 from clasp.models.backbone import Backbone
 from clasp.models.frozen import FrozenTower
 from clasp.models.frozen_casts import FrozenCasts
+from clasp.models.packed_weights import packed_weights
 from clasp.models.plain_attention import plain_attention_everywhere
 from clasp.models.tower import Tower
 from clasp.models.transformer.dinov2 import Dinov2Encoder, Dinov2EncoderSettings
@@ -68,6 +69,23 @@ def test_inference_mode_changes_no_bit(dtype):
         with mode(), kernel(), torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
             found.append(ours(pixel_values=pixels).last_hidden_state)
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+def test_hooks_see_branches_before_the_layer_scale():
+    """Which packed weights have in them, where nothing watches."""
+    ours, _ = _pair()
+    pixels = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    block, seen = ours.encoder.layer[0], {}
+    with torch.inference_mode(), packed_weights(at_once=True), torch.autocast("cpu", torch.bfloat16):
+        plain = ours(pixel_values=pixels).last_hidden_state
+        for name in ("attention", "layer_scale1", "mlp", "layer_scale2"):
+            block.get_submodule(name).register_forward_hook(
+                lambda _, __, out, name=name: seen.update({name: out.clone()})
+            )
+        watched = ours(pixel_values=pixels).last_hidden_state
+    for branch, scale in (("attention", "layer_scale1"), ("mlp", "layer_scale2")):
+        assert torch.equal(seen[scale], seen[branch] * block.get_submodule(scale).lambda1.detach())
+    assert (plain - watched).norm() <= 0.02 * watched.norm()
 
 
 TUNINGS = ("lora(rank=2)", "adapters", "adapters(place='input')", "norms", "prompts(2)", "deep(1)", "last(1)")
@@ -144,7 +162,7 @@ def test_features_are_keyed_by_how_they_attend():
     before = FrozenTower(tower, precision="bfloat16").fingerprint
     with plain_attention_everywhere():
         assert FrozenTower(tower, precision="bfloat16").fingerprint == before and before.endswith(
-            ":products:class-token"
+            ":scaled-products:class-token"
         )
     assert FrozenTower(tower).fingerprint == tower.layer_fingerprint
 

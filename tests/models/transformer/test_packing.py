@@ -120,7 +120,7 @@ def test_the_key_of_cached_features_holds_whether_captions_were_padded() -> None
         Tower(Backbone("toy", "text", net(), "toy", "mean"), extra_layers=n).requires_grad_(False) for n in ((), (1,))
     )
     both = {FrozenTower(each, precision="bfloat16").fingerprint for each in (tower, lower_layers)}
-    assert len(both) == 1 and both.pop().endswith(":unpadded-products")
+    assert len(both) == 1 and both.pop().endswith(":unpadded-scaled-products")
     assert FrozenTower(tower).fingerprint == FrozenTower(lower_layers).fingerprint == tower.layer_fingerprint
 
 

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from clasp.training.losses import LOSSES, tiles
+from clasp.training.losses import LOSSES, contrastive, info_nce, tiles
 from reference_losses import NAIVE
 
 GROUPINGS = ["diagonal", "several", "one caption"]
@@ -45,6 +45,17 @@ def measured(loss, leaves, groups, part=0):
 def assert_equal(ours, theirs, **tolerance):
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, **tolerance)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 64, 100])
+@pytest.mark.parametrize("width", [1, 32, 256])
+def test_one_tile_is_the_same_bits(monkeypatch, rows, width):
+    monkeypatch.setattr(tiles, "TILE_SIZE_CPU", 128)
+    leaves, groups = example(rows, width=width)
+    leaves = [leaf.float() for leaf in leaves]
+    alone = measured(info_nce, leaves, groups)
+    monkeypatch.setattr(contrastive, "tile_size", lambda _: 0)
+    assert all(map(torch.equal, alone, measured(info_nce, leaves, groups)))
 
 
 # --- exact ---------------------------------------------------------------------------------------------------------

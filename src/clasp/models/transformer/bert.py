@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from clasp.models.low_rank_forward import project_together
 from clasp.models.packed_weights import product
-from clasp.models.transformer.blocks import LayerNorm, cast_for_products, gelu_of
+from clasp.models.transformer.blocks import LayerNorm, add_rounded_to, cast_for_products, gelu_of
 from clasp.models.transformer.encoders import EncoderOutput
 from clasp.models.transformer.packing import Packing, pack_rows
 
@@ -207,4 +207,4 @@ class _Output(nn.Module):
         self.dropout = nn.Dropout(settings.hidden_dropout_prob)
 
     def forward(self, branch: Float[Tensor, "B N _"], residual: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
-        return self.LayerNorm(self.dropout(product(self.dense, branch)) + residual)
+        return self.LayerNorm(add_rounded_to(self.dropout(product(self.dense, branch)), residual))

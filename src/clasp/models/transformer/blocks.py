@@ -36,10 +36,18 @@ def gelu_of(states: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
 
 
 def add_to(branch: Float[Tensor, "*batch D"], states: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
-    """The residual sum with the fresh output of a branch: in inference mode in place where the dtype allows."""
-    if torch.is_inference_mode_enabled() and branch.dtype == torch.promote_types(branch.dtype, states.dtype):
-        return branch.add_(states)
+    """The residual sum with the fresh output of a branch: in inference mode in place, of a copy where the dtype of the
+    states is higher."""
+    if torch.is_inference_mode_enabled():
+        return branch.to(torch.promote_types(branch.dtype, states.dtype)).add_(states)
     return branch + states
+
+
+def add_rounded_to(branch: Float[Tensor, "*batch D"], states: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
+    """The residual sum with an output that may be held elsewhere: in inference mode in place of a copy in the dtype of
+    the states, where it is higher."""
+    exact = torch.promote_types(branch.dtype, states.dtype)
+    return branch + states if branch.dtype == exact else add_to(branch, states)
 
 
 class LayerNorm(nn.LayerNorm):

@@ -10,6 +10,7 @@ embedding at the size of the checkpoint, interpolated at each pass.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from clasp.models.frozen_products import frozen_feed_forward
 from clasp.models.low_rank_forward import project_together
-from clasp.models.packed_weights import product
+from clasp.models.packed_weights import product, scaled_product
 from clasp.models.plain_attention import attend_to_all
 from clasp.models.transformer.blocks import LayerNorm, add_to, cast_for_products, gelu_of
 from clasp.models.transformer.encoders import EncoderOutput
@@ -118,9 +119,19 @@ class _Block(nn.Module):
 
     def forward(self, states: Float[Tensor, "B N D"], *, class_token_only: bool = False) -> Float[Tensor, "B M D"]:
         """The states of all tokens (M = N), or of the class token alone (M = 1)."""
-        attended = self.attention(self.norm1(states), class_token_only)
-        states = add_to(self.layer_scale1(attended), states[:, :1] if class_token_only else states)
-        return add_to(self.layer_scale2(self.mlp(self.norm2(states))), states)
+        attended = _scaled(self.attention, self.layer_scale1, self.norm1(states), class_token_only)
+        states = add_to(attended, states[:, :1] if class_token_only else states)
+        return add_to(_scaled(self.mlp, self.layer_scale2, self.norm2(states)), states)
+
+
+def _scaled(branch: nn.Module, scale: nn.Module, *inputs: Any) -> Float[Tensor, "B M D"]:
+    """The output of a branch times the layer scale; by the branch itself in inference mode, which may have its last
+    product do it, unless something watches its output."""
+    ours = isinstance(branch, _Attention | _FeedForward) and "forward" not in vars(branch)
+    watched = branch._forward_hooks or branch._forward_pre_hooks
+    if ours and torch.is_inference_mode_enabled() and not watched:
+        return branch(*inputs, scale=scale)
+    return scale(branch(*inputs))
 
 
 class _Attention(nn.Module):
@@ -134,7 +145,9 @@ class _Attention(nn.Module):
         self.v_proj: nn.Module = nn.Linear(width, width)
         self.o_proj: nn.Module = nn.Linear(width, width)
 
-    def forward(self, states: Float[Tensor, "B N D"], class_token_only: bool = False) -> Float[Tensor, "B M D"]:
+    def forward(
+        self, states: Float[Tensor, "B N D"], class_token_only: bool = False, *, scale: _LayerScale | None = None
+    ) -> Float[Tensor, "B M D"]:
         states = cast_for_products(states)
         if class_token_only:
             queries = project_together(states[:, :1], (self.q_proj,))
@@ -142,7 +155,7 @@ class _Attention(nn.Module):
         else:
             projected = project_together(states, (self.q_proj, self.k_proj, self.v_proj))
         q, k, v = (each.unflatten(-1, (self.heads, -1)).transpose(1, 2) for each in projected)
-        return product(self.o_proj, attend_to_all(q, k, v).transpose(1, 2).flatten(2))
+        return _last_product(self.o_proj, attend_to_all(q, k, v).transpose(1, 2).flatten(2), scale)
 
 
 class _LayerScale(nn.Module):
@@ -162,6 +175,13 @@ class _FeedForward(nn.Module):
         self.fc1: nn.Module = nn.Linear(width, hidden)
         self.fc2: nn.Module = nn.Linear(hidden, width)
 
-    def forward(self, states: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
+    def forward(self, states: Float[Tensor, "B N D"], *, scale: _LayerScale | None = None) -> Float[Tensor, "B N D"]:
         whole = frozen_feed_forward(states, self.fc1, self.fc2)
-        return product(self.fc2, gelu_of(product(self.fc1, states))) if whole is None else whole
+        if whole is None:
+            return _last_product(self.fc2, gelu_of(product(self.fc1, states)), scale)
+        return whole if scale is None else scale(whole)
+
+
+def _last_product(layer: nn.Module, x: Float[Tensor, "B N _"], scale: _LayerScale | None) -> Float[Tensor, "B N D"]:
+    """The last product of a branch, with the layer scale if given."""
+    return product(layer, x) if scale is None else scaled_product(layer, x, scale, scale.lambda1)

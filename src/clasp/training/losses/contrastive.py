@@ -2,9 +2,10 @@
 
 One signature (``clasp.types.Loss``); ``LOSSES`` has a row for each. ``scale`` is the logit scale, the exponential of
 the learned log scale. Note: the B x B logits are never materialised. They are computed in tiles, once forward and once
-more backward, so memory is O(B tile) for a third more arithmetic. A row may have several positives, given by
-``groups``; and logits are at least float32 whatever the autocast state, because a bfloat16 logit of 100 has a
-resolution of half a unit. A batch on several processes is gathered before (``training.batch_parts``).
+more backward, so memory is O(B tile) for a third more arithmetic; InfoNCE of one tile computes them once. A row may
+have several positives, given by ``groups``; and logits are at least float32 whatever the autocast state, because a
+bfloat16 logit of 100 has a resolution of half a unit. A batch on several processes is gathered before
+(``training.batch_parts``).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from clasp.data.plugins import load_named
-from clasp.training.losses.tiles import RunningLogSumExp, dense_group_ids, iterate_logit_tiles
+from clasp.training.losses.tiles import RunningLogSumExp, dense_group_ids, iterate_logit_tiles, tile_size
 from clasp.types import LossParts
 
 
@@ -40,7 +41,8 @@ def info_nce(
     """
     with torch.autocast(image.device.type, enabled=False):
         image, text = _at_least_float32(image, text)
-        parts = _InfoNCE.apply(scale * image, text, _batch_group_ids(groups, text))
+        function = _InfoNCEOfOneTile if len(image) <= tile_size(image.device) else _InfoNCE
+        parts = function.apply(scale * image, text, _batch_group_ids(groups, text))
     if bias is not None:  # its gradient is zero, not missing
         parts = [part + 0 * bias for part in parts]
     image_to_text, text_to_image = parts
@@ -147,6 +149,36 @@ class _InfoNCE(torch.autograd.Function):
                 grad_image[r].addmm_(grad, text[c])
                 grad_text[c].addmm_(grad.T, image[r])
         return grad_image, grad_text, None
+
+
+class _InfoNCEOfOneTile(torch.autograd.Function):
+    """``_InfoNCE`` of a batch whose logits are one tile, to the same bits: keeps the exponentials in the buffers of the
+    tile, in place of logits that are computed again."""
+
+    @staticmethod
+    def forward(ctx: Any, image: Tensor, text: Tensor, group_ids: Tensor) -> tuple[Tensor, Tensor]:
+        text = text.contiguous()
+        ((_, _, logits, positive, scratch),) = iterate_logit_tiles(image, text, group_ids, group_ids)
+        counts, weighted = positive.sum(1), torch.mul(positive, logits, out=scratch)
+        row_positive, column_positive = weighted.sum(1), weighted.sum(0)
+        row_top, column_top = logits.amax(1), logits.amax(0)
+        row = torch.sub(logits, row_top[:, None], out=scratch).exp_()
+        column = logits.sub_(column_top).exp_()
+        row_total, column_total = row.sum(1), column.sum(0)
+        ctx.save_for_backward(image, text, positive, counts, row, column, row_total, column_total)
+        image_to_text = (row_top - row_positive / counts + row_total.log()).sum()
+        text_to_image = (column_top - column_positive / counts + column_total.log()).sum()
+        return image_to_text / len(image), text_to_image / len(image)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, to_text: Tensor, to_image: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+        image, text, positive, counts, row, column, row_total, column_total = ctx.saved_tensors
+        to_text, to_image = to_text / len(counts), to_image / len(counts)
+        with torch.autocast(image.device.type, enabled=False):
+            grad = (row * (to_text / row_total)[:, None]).addcmul_(column, to_image / column_total)
+            grad.addcmul_((to_text / counts)[:, None] + to_image / counts, positive, value=-1)
+            return torch.zeros_like(image).addmm_(grad, text), torch.zeros_like(text).addmm_(grad.T, image), None
 
 
 class _Sigmoid(torch.autograd.Function):

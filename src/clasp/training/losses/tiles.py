@@ -24,6 +24,11 @@ TILE_SIZE_CPU = 1024
 TILE_SIZE_GPU = 4096
 
 
+def tile_size(device: torch.device) -> int:
+    """The rows and the columns of a tile at most."""
+    return TILE_SIZE_CPU if device.type == "cpu" else TILE_SIZE_GPU
+
+
 class LogitTile(NamedTuple):
     """A tile of the logits. All three tensors may be modified in place; the next tile overwrites them."""
 
@@ -42,7 +47,7 @@ def iterate_logit_tiles(
     column_groups: Float[Tensor, "kinds columns"],
 ) -> Iterator[LogitTile]:
     """All tiles of image @ text.T, with positives by the ids of ``dense_group_ids``."""
-    size = TILE_SIZE_CPU if image.device.type == "cpu" else TILE_SIZE_GPU
+    size = tile_size(image.device)
     buffers = image.new_empty(3, min(size, len(image)) * min(size, len(text)))
     for top in range(0, len(image), size):
         rows = slice(top, top + size)
