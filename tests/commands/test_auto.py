@@ -317,7 +317,7 @@ def test_little_time_for_many_pairs_starts_from_few(
     done = climb(recipe(towers, pairs, steps=9), tmp_path / "toy", QUIET)
     rows = [row for row in done.plan.rows if row.stage]
     stages = [row.stage for row in rows]
-    assert stages == ["1-closed-form", "2-low-rank-and-norms-of-images", *STAGES[1:]]
+    assert stages == ["1-closed-form", "2-low-rank-and-norms-of-upper-image-blocks", *STAGES[1:]]
     assert rows[0].method.endswith(", of at most 20 pairs") and "to tune the towers from" in rows[0].reason
     first, tuned, again = (read_recipe(tmp_path / "toy" / "stages" / stages[n] / "recipe.toml") for n in (0, 1, 4))
     assert first.data.max_pairs == 20 and first.image.extra_layers == []

@@ -186,7 +186,8 @@ class _Climb:
         self.plan.reserved_seconds = self._closed_forms.seconds_of_tuned(timing, stage.recipe)
         self._stages.write()  # so that a kill in the stage keeps the reserve for the methods after it
         left = self._stages.left.after(self.plan.reserved_seconds + self._seconds_of(start))
-        planned = fit_tuning(stage, timing, left)
+        # states below an upper half are cached of plain images
+        planned = fit_tuning(stage, timing, left, augment=not method.upper_half)
         if not isinstance(planned, str) and not made:
             self._stages.train(start)
             planned = self._unbeatable() or planned
@@ -272,9 +273,11 @@ class _Climb:
 
     def _specs(self, method: TowerTuning, base: Recipe) -> dict[str, list[str]]:
         """What each tower takes of the method: where one of its parts does not fit a net, the other parts."""
-        specs = {}
+        specs, model = {}, build_model(changed(base, {"tune": {}}), meta=True)
         for side in method.towers:
-            for chosen in (list(method.specs), list(method.specs[1:]), list(method.specs[:1])):
+            tower = model.image if side == "image" else model.text
+            wanted = method.specs_for(tower.pooled_layers[0][0])
+            for chosen in (list(wanted), list(wanted[1:]), list(wanted[:1])):
                 try:
                     build_model(changed(base, {"tune": {side: chosen}}), meta=True)
                 except UserError:

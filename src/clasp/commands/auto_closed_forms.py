@@ -170,7 +170,8 @@ class ClosedFormStages:
         require_distinct_captions(listing.texts, parts.tokenizer)
         if recipe.train.init_from is not None:
             load_initial_weights(parts.model, recipe.to_dict())
-        parts.model.requires_grad_(False).to(PartialState().device).eval()
+        parts.model.freeze()
+        parts.model.to(PartialState().device).eval()
         inputs = build_feature_source(parts, recipe, bar=self.io.bar, say=self.io.say, cache=cache)
         require_room_for_features(plan_run_features(recipe, inputs, train, self.pairs[1], listing), inputs.cache)
         sides = inputs.batch_reader(train, listing, None)

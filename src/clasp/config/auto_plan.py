@@ -91,13 +91,23 @@ class StepTiming:
 
 @dataclass(frozen=True, slots=True)
 class TowerTuning:
-    """Methods for towers, both or one, with their learning rate and its factors."""
+    """Methods for towers, both or one, with learning rate and its factors; ``upper_half`` of their blocks alone."""
 
     name: str
     specs: tuple[str, ...]
     lr: float
     lr_factors: tuple[tuple[str, float], ...] = ()
     towers: tuple[Literal["image", "text"], ...] = ("image", "text")
+    upper_half: bool = False
+
+    def specs_for(self, blocks: int) -> tuple[str, ...]:
+        """The methods for a tower of so many blocks."""
+        return tuple(_in_blocks(spec, blocks // 2) for spec in self.specs) if self.upper_half else self.specs
+
+
+def _in_blocks(spec: str, first: int) -> str:
+    name, _, options = spec.removesuffix(")").partition("(")
+    return f"{name}({f'{options}, ' if options else ''}blocks='{first}:')"
 
 
 TUNINGS = (
@@ -106,8 +116,12 @@ TUNINGS = (
     TowerTuning("full", ("full",), 1e-3, (("tower", 0.03), ("norm", 0.03))),
 )
 """Tuned inside both towers, best first; a later one is tried where the budget holds both"""
-SHORT_TUNINGS = (replace(TUNINGS[0], name="low rank and norms of images", towers=("image",)), *TUNINGS[1:])
-"""Those where time is short for the pairs: in the image tower alone a step is cheaper, and was worth more (LOG)"""
+SHORT_TUNINGS = (
+    replace(TUNINGS[0], name="low rank and norms of upper image blocks", towers=("image",), upper_half=True),
+    *TUNINGS[1:],
+)
+"""Those where time is short for the pairs: in the upper half of the image tower a step is cheaper, since the states
+below it are computed once, and so are the features of the tuned tower"""
 
 
 def layer_sets(blocks: int, given: Sequence[int] | str) -> list[LayerSet]:
@@ -241,7 +255,7 @@ def fit_heads(plan: StagePlan, timing: StepTiming, left: Left) -> StagePlan | st
     return _with_epochs(plan, epochs, reason)
 
 
-def fit_tuning(plan: StagePlan, timing: StepTiming, left: Left) -> StagePlan | str:
+def fit_tuning(plan: StagePlan, timing: StepTiming, left: Left, *, augment: bool = True) -> StagePlan | str:
     """The plan with as many epochs as fit, or a part of a few; light augmentation where there are several; else why
     there is none.
 
@@ -263,7 +277,7 @@ def fit_tuning(plan: StagePlan, timing: StepTiming, left: Left) -> StagePlan | s
         epochs = min(fits, max(_MAX_EPOCHS, -(-_MIN_MAX_STEPS // timing.steps_per_epoch)))
         reason = f"{of_epoch}: {counted(epochs, 'epoch')}"
         reason += f" into {left}" if fits == epochs else f", {fits} would fit into {left}"
-    if epochs > 1 and plan.recipe.data.augment is None:
+    if augment and epochs > 1 and plan.recipe.data.augment is None:
         plan = replace(
             plan, recipe=changed(plan.recipe, {"data": {"augment": {"flip": 0.5, "crop_scale": [0.7, 1.0]}}})
         )
@@ -286,14 +300,11 @@ class Left:
         return timing.epochs_in(share * self.seconds)
 
     def few_steps(self, timing: StepTiming, share: float) -> int:
-        """Steps of fewer than ``_FEW_EPOCHS`` epochs that a share of it holds, with an evaluation after each epoch."""
+        """Steps of fewer than ``_FEW_EPOCHS`` epochs that a share of it holds, with an evaluation before and after."""
         if self.steps is not None:
             return int(share * self.steps)
         assert self.seconds is not None
-        seconds = share * self.seconds - timing.evaluation  # before the first step
-        whole = int(seconds // (timing.steps_per_epoch * timing.step + timing.evaluation))
-        rest = seconds - whole * (timing.steps_per_epoch * timing.step + timing.evaluation) - timing.evaluation
-        return whole * timing.steps_per_epoch + max(0, int(rest / timing.step))
+        return max(0, int((share * self.seconds - 2 * timing.evaluation) / timing.step))
 
     def after(self, seconds: float) -> Left:
         """What is left once ``seconds`` have passed."""
@@ -316,7 +327,7 @@ def _count(epochs: int) -> str:
 
 
 def _with_epochs(plan: StagePlan, epochs: int, reason: str) -> StagePlan:
-    every = -(-epochs // _MAX_EVALUATIONS)
+    every = epochs if plan.recipe.train.select == "last" else -(-epochs // _MAX_EVALUATIONS)
     recipe = changed(plan.recipe, {"train": {"epochs": epochs, "evaluate_every": every}})
     return replace(plan, reason=reason, recipe=recipe)
 

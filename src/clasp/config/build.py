@@ -329,6 +329,7 @@ def build_feature_source(
     another folder for features than the usual."""
     settings = FeatureSettings(
         cache=CachePolicy(cache or cache_folder(), recipe.data.feature_cache),
+        states=CachePolicy(cache_folder(), recipe.data.feature_cache),
         workers=recipe.train.workers,
         cached_augmentations=recipe.data.cached_augmentations,
         seed=recipe.train.seed,

@@ -118,6 +118,13 @@ class DualEncoder(nn.Module):
         self.selection = frozenset(first.get(name, name) for name in names)
         freeze_except(self, self.selection)
 
+    def freeze(self) -> None:
+        """Freeze all; a tower that was tuned keeps the number of blocks below in ``untuned_blocks``."""
+        towers = (self.image, self.text)
+        for tower in towers:  # both before either is frozen: they may share blocks
+            tower.untuned_blocks = 0 if tower.fully_frozen else tower.frozen_blocks
+        self.requires_grad_(False)
+
     @property
     def shared_parameter_names(self) -> set[str]:
         """First names of the parameters that the two towers share; not those tied within one tower, as in T5."""

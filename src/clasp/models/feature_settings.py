@@ -25,6 +25,8 @@ class FeatureSettings:
     """Where features are cached, and how images are read."""
 
     cache: CachePolicy
+    states: CachePolicy | None = None
+    """Where hidden states below the tuned blocks of a frozen tower are read, if another cache has them"""
     workers: int = 0
     """Worker processes that read and decode images; 0: the main process."""
     cached_augmentations: int = 0
