@@ -147,7 +147,7 @@ class ClosedFormStages:
             stage = plan_tuned_closed_form(
                 recipe, _TUNED_NUMBER, chosen.candidate, f"towers of {tuned.stage}; {reason}"
             )
-            self._stages.train(stage, search.heads(chosen.candidate), features)
+            self._stages.train(stage, search.heads(chosen.candidate))
 
     def seconds_of_tuned(self, timing: StepTiming, tuning: Recipe) -> float:
         """The time that the closed form of towers tuned with a recipe will take, with its features."""
@@ -161,8 +161,8 @@ class ClosedFormStages:
 
     # --- a search ----------------------------------------------------------------------------------------------------
 
-    def _begin(self, recipe: Recipe, cache: Path | None = None) -> ClosedFormSearch:
-        """The search over the towers of ``recipe``, or those of ``train.init_from``, frozen; ``cache``: as that of
+    def _begin(self, recipe: Recipe, tuned: Path | None = None) -> ClosedFormSearch:
+        """The search over the towers of ``recipe``, or those of ``train.init_from``, frozen; ``tuned``: as that of
         ``build_feature_source``."""
         train = limit_pairs(self.pairs[0], recipe.data.max_pairs)
         listing = PairIndex(train)
@@ -172,7 +172,7 @@ class ClosedFormStages:
             load_initial_weights(parts.model, recipe.to_dict())
         parts.model.freeze()
         parts.model.to(PartialState().device).eval()
-        inputs = build_feature_source(parts, recipe, bar=self.io.bar, say=self.io.say, cache=cache)
+        inputs = build_feature_source(parts, recipe, bar=self.io.bar, say=self.io.say, tuned=tuned)
         require_room_for_features(plan_run_features(recipe, inputs, train, self.pairs[1], listing), inputs.cache)
         sides = inputs.batch_reader(train, listing, None)
         task = validation_task(*self.pairs, inputs)

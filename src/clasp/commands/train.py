@@ -251,7 +251,7 @@ def _open_inputs(
     else:
         device = next(parts.model.parameters()).device
         precision = loaded.processes.first(lambda: resolve_precision(recipe.train.precision, device))
-    return build_feature_source(parts, recipe, precision=precision, cache=loaded.cache, **callbacks)
+    return build_feature_source(parts, recipe, precision=precision, **callbacks)
 
 
 def _write(context: RunContext, fitted: FitResult, results: Sequence[EvaluationResult], cost: RunCost) -> None:

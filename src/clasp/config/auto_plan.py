@@ -300,11 +300,11 @@ class Left:
         return timing.epochs_in(share * self.seconds)
 
     def few_steps(self, timing: StepTiming, share: float) -> int:
-        """Steps of fewer than ``_FEW_EPOCHS`` epochs that a share of it holds, with an evaluation before and after."""
+        """Steps of fewer than ``_FEW_EPOCHS`` epochs that a share of it holds, with the evaluation after them."""
         if self.steps is not None:
             return int(share * self.steps)
         assert self.seconds is not None
-        return max(0, int((share * self.seconds - 2 * timing.evaluation) / timing.step))
+        return max(0, int((share * self.seconds - timing.evaluation) / timing.step))
 
     def after(self, seconds: float) -> Left:
         """What is left once ``seconds`` have passed."""
@@ -327,7 +327,7 @@ def _count(epochs: int) -> str:
 
 
 def _with_epochs(plan: StagePlan, epochs: int, reason: str) -> StagePlan:
-    every = epochs if plan.recipe.train.select == "last" else -(-epochs // _MAX_EVALUATIONS)
+    every = "end" if plan.recipe.train.select == "last" else -(-epochs // _MAX_EVALUATIONS)
     recipe = changed(plan.recipe, {"train": {"epochs": epochs, "evaluate_every": every}})
     return replace(plan, reason=reason, recipe=recipe)
 

@@ -324,12 +324,14 @@ def build_feature_source(
     say: MessageCallback = lambda line: None,
     report: Callable[[Iterable[SkippedSample]], None] = log_skipped,
     cache: Path | None = None,
+    tuned: Path | None = None,
 ) -> FeatureSource:
     """The ``FeatureSource`` of a model built from a recipe; ``precision``: another than the recipe's, ``cache``:
-    another folder for features than the usual."""
+    another folder for features than the usual, ``tuned``: the folder for those of towers that were tuned and are frozen
+    now."""
     settings = FeatureSettings(
         cache=CachePolicy(cache or cache_folder(), recipe.data.feature_cache),
-        states=CachePolicy(cache_folder(), recipe.data.feature_cache),
+        tuned=CachePolicy(tuned, recipe.data.feature_cache) if tuned else None,
         workers=recipe.train.workers,
         cached_augmentations=recipe.data.cached_augmentations,
         seed=recipe.train.seed,

@@ -122,7 +122,7 @@ class DualEncoder(nn.Module):
         """Freeze all; a tower that was tuned keeps the number of blocks below in ``untuned_blocks``."""
         towers = (self.image, self.text)
         for tower in towers:  # both before either is frozen: they may share blocks
-            tower.untuned_blocks = 0 if tower.fully_frozen else tower.frozen_blocks
+            tower.untuned_blocks = None if tower.fully_frozen else tower.frozen_blocks
         self.requires_grad_(False)
 
     @property

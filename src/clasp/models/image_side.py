@@ -65,7 +65,7 @@ class ImageSide:
         request = self.request(pairs, augment)
         if request is None:
             return None
-        policy, name = self._settings.cache, self._tower.name
+        policy, name = self._settings.cache_of(self._tower), self._tower.name
         storage = choose_storage(request, policy, name, self._callbacks.notify)
         if storage is None:
             return None
@@ -87,10 +87,9 @@ class ImageSide:
 
     def _states(self, pairs: Pairs, reading: ImageReadSettings) -> CachedFeatures | None:
         """The hidden states below the tuned blocks of a frozen tower, where its runs have them cached."""
-        policy = self._settings.states
-        if self._prefix is None or policy is None:
+        if self._prefix is None:
             return None
-        request = ImageFeatureRequest(self._prefix, pairs, self.transform)
+        policy, request = self._settings.cache, ImageFeatureRequest(self._prefix, pairs, self.transform)
         if (plan := policy.plan(request)).file is None:
             return None
         assert plan.storage is not None

@@ -111,7 +111,7 @@ class Tower(nn.Module):
         self.new_parameters = backbone.new_parameters
         self._read_classifier = backbone.classifier if layer is None else None
         self.tunings: tuple[TuningSpec, ...] = ()
-        self.untuned_blocks = 0
+        self.untuned_blocks: int | None = None
         self.dropout = dropout
         self.patch_dropout: PatchDropout | None = None
         self._structure = find_structure(self.net)
