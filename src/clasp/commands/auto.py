@@ -222,7 +222,7 @@ class _Climb:
             return reason
         first = self._first_tuning()
         if first is None:
-            return ""
+            return self._closed_forms.reason_against_steps(self._stages.left)
         if first.metric is None:
             return f"as {first.stage}"
         left = self._stages.left.after(self.plan.reserved_seconds)

@@ -21,6 +21,8 @@ ALL_PAIRS_STAGE = "1-closed-form-of-all-pairs"
 TUNED_CLOSED_FORM = "closed-form-of-tuned"
 RIDGES = ((1.0, 1.0), (0.3, 0.3), (3.0, 3.0), (10.0, 10.0), (3.0, 0.3), (0.3, 3.0))
 """Ridge penalties (image, text): the first with every set of layers, the others with the best one"""
+START_RIDGES = RIDGES[:2]
+"""Those of heads that tuning starts from, and replaces"""
 TUNED_RIDGES = ((0.3, 0.3), (0.1, 0.1), (1.0, 1.0), (3.0, 3.0))
 """Those for tuned towers, whose features need less"""
 CLASS_WEIGHTS = (0.0, 3.0, 10.0, 30.0)
