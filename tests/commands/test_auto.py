@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -313,15 +314,17 @@ def test_little_time_for_many_pairs_starts_from_few(
     towers: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(closed_form_job, "few_pairs", lambda minutes, count: 20)
-    monkeypatch.setattr(main_job, "tunings_in", lambda minutes, count: SHORT_TUNINGS)
+    short = (replace(SHORT_TUNINGS[0], batch_size=6), *SHORT_TUNINGS[1:])
+    monkeypatch.setattr(main_job, "tunings_in", lambda minutes, count: short)
     done = climb(recipe(towers, pairs, steps=9), tmp_path / "toy", QUIET)
     rows = [row for row in done.plan.rows if row.stage]
     stages = [row.stage for row in rows]
-    assert stages == ["1-closed-form", "2-low-rank-and-norms-of-upper-image-blocks", *STAGES[1:]]
+    assert stages == ["1-closed-form", "2-low-rank-and-norms-of-images", *STAGES[1:]]
     assert rows[0].method.endswith(", of at most 20 pairs") and "to tune the towers from" in rows[0].reason
     first, tuned, again = (read_recipe(tmp_path / "toy" / "stages" / stages[n] / "recipe.toml") for n in (0, 1, 4))
     assert first.data.max_pairs == 20 and first.image.extra_layers == []
     assert tuned.tune.text == ["none"] and "lora(rank=8)" in tuned.tune.image and tuned.train.max_steps == 9
+    assert tuned.train.batch_size == 6
     assert tuned.data.max_pairs is again.data.max_pairs is None and again.image.extra_layers
     run(first, tmp_path / "again")
     ours, theirs = delta(tmp_path / "toy" / "stages" / "1-closed-form"), delta(tmp_path / "again")

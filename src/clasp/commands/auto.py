@@ -24,6 +24,7 @@ from clasp.config.auto_plan import (
     CLOSED_FORM_STAGE,
     TUNINGS,
     StagePlan,
+    StepTiming,
     TowerTuning,
     changed,
     fit_heads,
@@ -51,6 +52,7 @@ from clasp.training.run_folder import RunFolder
 from clasp.training.settings import require_two_pairs
 from clasp.types import UserError
 
+_TIMED_VALIDATION = 256  # pairs, at most, whose evaluation is timed
 _TUNING_NUMBERS = tuple(f"{2 + number}-" for number in range(len(TUNINGS)))
 
 
@@ -182,16 +184,24 @@ class _Climb:
         if self._stages.resumed_or_ended(stage):
             return
         made = self.plan.row(start.name) is not None
-        timing = time_steps(stage.recipe if made else with_random_heads(stage.recipe), self.pairs, self.io.bar)
+        if "text" not in method.towers:
+            self._closed_forms.cache_captions()
+        timing = self._time_steps(stage.recipe if made else with_random_heads(stage.recipe))
         self.plan.reserved_seconds = self._closed_forms.seconds_of_tuned(timing, stage.recipe)
         self._stages.write()  # so that a kill in the stage keeps the reserve for the methods after it
         left = self._stages.left.after(self.plan.reserved_seconds + self._seconds_of(start))
-        # states below an upper half are cached of plain images
-        planned = fit_tuning(stage, timing, left, augment=not method.upper_half)
+        planned = fit_tuning(stage, timing, left)
         if not isinstance(planned, str) and not made:
             self._stages.train(start)
             planned = self._unbeatable() or planned
         self._stages.train_if_planned(stage, planned)
+
+    def _time_steps(self, recipe: Recipe) -> StepTiming:
+        """The time of a recipe that tunes towers, its evaluation from that of a part of many validation pairs."""
+        train, val = self.pairs
+        part = limit_pairs(val, _TIMED_VALIDATION)
+        timing = time_steps(recipe, (train, part), self.io.bar)
+        return replace(timing, evaluation=timing.evaluation * len(val) / len(part))
 
     def _heads(self) -> None:
         """The last stage: gradient steps of the heads on cached features, where tuning left time."""
@@ -273,11 +283,9 @@ class _Climb:
 
     def _specs(self, method: TowerTuning, base: Recipe) -> dict[str, list[str]]:
         """What each tower takes of the method: where one of its parts does not fit a net, the other parts."""
-        specs, model = {}, build_model(changed(base, {"tune": {}}), meta=True)
+        specs = {}
         for side in method.towers:
-            tower = model.image if side == "image" else model.text
-            wanted = method.specs_for(tower.pooled_layers[0][0])
-            for chosen in (list(wanted), list(wanted[1:]), list(wanted[:1])):
+            for chosen in (list(method.specs), list(method.specs[1:]), list(method.specs[:1])):
                 try:
                     build_model(changed(base, {"tune": {side: chosen}}), meta=True)
                 except UserError:

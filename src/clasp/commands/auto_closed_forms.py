@@ -154,7 +154,14 @@ class ClosedFormStages:
             stage = plan_tuned_closed_form(
                 recipe, _TUNED_NUMBER, chosen.candidate, f"towers of {tuned.stage}; {reason}"
             )
-            self._stages.train(stage, search.heads(chosen.candidate))
+            self._stages.train(stage, search.heads(chosen.candidate), features)
+
+    def cache_captions(self) -> None:
+        """Cache all layers of captions that the closed form of tuned towers reads; tuning reads the last of them."""
+        recipe, texts = search_recipe(self.base, "upper half"), PairIndex(self.pairs[0]).texts
+        parts = build_model_and_preprocessing(recipe, lambda: texts)
+        parts.model.freeze()
+        build_feature_source(parts, recipe, bar=self.io.bar).text_features(texts)
 
     def reason_against_steps(self, left: Left) -> str:
         """Why no step can fit, before one is timed: after a start from few pairs, the features of all are to come."""

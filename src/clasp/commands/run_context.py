@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from clasp.config.build import ModelAndPreprocessing
 from clasp.config.datasets import TrainValPairs
@@ -40,11 +41,13 @@ HeadInitializer = Callable[[DualEncoder], None]
 @dataclass(frozen=True, slots=True)
 class Preloaded:
     """What a run is given: the pairs of its recipe and its model, which is trained in place, where they are in memory
-    already; what sets its heads where their closed form was computed before; the processes that train together."""
+    already; what sets its heads where their closed form was computed before; where the features of its towers are
+    cached, which were tuned and train no step here; the processes that train together."""
 
     pairs: TrainValPairs | None = None
     parts: ModelAndPreprocessing | None = None
     heads: HeadInitializer | None = None
+    tuned: Path | None = None
     processes: Processes = field(default_factory=Processes)
 
 

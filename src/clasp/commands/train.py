@@ -251,7 +251,14 @@ def _open_inputs(
     else:
         device = next(parts.model.parameters()).device
         precision = loaded.processes.first(lambda: resolve_precision(recipe.train.precision, device))
-    return build_feature_source(parts, recipe, precision=precision, **callbacks)
+    if loaded.tuned is None:
+        return build_feature_source(parts, recipe, precision=precision, **callbacks)
+    assert recipe.train.epochs == 0, "the features of towers that train are not cached"
+    parts.model.freeze()
+    try:
+        return build_feature_source(parts, recipe, precision=precision, tuned=loaded.tuned, **callbacks)
+    finally:
+        parts.model.select(parts.model.selection)
 
 
 def _write(context: RunContext, fitted: FitResult, results: Sequence[EvaluationResult], cost: RunCost) -> None:

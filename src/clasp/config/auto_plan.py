@@ -36,7 +36,7 @@ _MAX_EVALUATIONS = 10
 _FEW_EPOCHS = 3  # fewer of them need not be whole
 _FEWEST_STEPS = 8  # of tuning that are worth the closed form of the tuned towers
 _SHORT_MINUTES, _FEW_PAIRS = 3, 2048  # below, the first closed form is of so many pairs: tuning starts from it
-_IMAGES_ALONE_MINUTES = 1.5  # below, the image tower is tuned alone where pairs are many
+_IMAGES_ALONE_MINUTES = 2  # below, the image tower is tuned alone where pairs are many
 
 
 class LayerSet(NamedTuple):
@@ -93,23 +93,14 @@ class StepTiming:
 
 @dataclass(frozen=True, slots=True)
 class TowerTuning:
-    """Methods for towers, both or one, with learning rate and its factors; ``upper_half`` of their blocks alone."""
+    """Methods for towers, both or one, with learning rate and factors, and the batch size where the user has none."""
 
     name: str
     specs: tuple[str, ...]
     lr: float
     lr_factors: tuple[tuple[str, float], ...] = ()
     towers: tuple[Literal["image", "text"], ...] = ("image", "text")
-    upper_half: bool = False
-
-    def specs_for(self, blocks: int) -> tuple[str, ...]:
-        """The methods for a tower of so many blocks."""
-        return tuple(_in_blocks(spec, blocks // 2) for spec in self.specs) if self.upper_half else self.specs
-
-
-def _in_blocks(spec: str, first: int) -> str:
-    name, _, options = spec.removesuffix(")").partition("(")
-    return f"{name}({f'{options}, ' if options else ''}blocks='{first}:')"
+    batch_size: int | None = None
 
 
 TUNINGS = (
@@ -119,11 +110,11 @@ TUNINGS = (
 )
 """Tuned inside both towers, best first; a later one is tried where the budget holds both"""
 SHORT_TUNINGS = (
-    replace(TUNINGS[0], name="low rank and norms of upper image blocks", towers=("image",), upper_half=True),
+    replace(TUNINGS[0], name="low rank and norms of images", towers=("image",), batch_size=64),
     *TUNINGS[1:],
 )
-"""Those where time is short for the pairs: in the upper half of the image tower a step is cheaper, since the states
-below it are computed once, and so are the features of the tuned tower"""
+"""Those where time is short for the pairs: in the image tower alone a step is cheaper, and was worth more (LOG); more
+steps of half the pairs were, too"""
 
 
 def layer_sets(blocks: int, given: Sequence[int] | str) -> list[LayerSet]:
@@ -213,11 +204,10 @@ def plan_heads(base: Recipe, number: int, start: str) -> StagePlan:
 
 def plan_tuning(base: Recipe, number: int, start: str, method: TowerTuning, specs: dict[str, list[str]]) -> StagePlan:
     """Tuning inside the towers from the run ``start``; ``specs``: what the towers take of the method."""
-    changes: dict[str, Any] = {
-        "head": {"noise": 0.0, "dropout": 0.0},
-        "tune": specs,
-        "train": {"epochs": 1, "lr": method.lr, "lr_factors": dict(method.lr_factors), "init_from": start},
-    }
+    train = {"epochs": 1, "lr": method.lr, "lr_factors": dict(method.lr_factors), "init_from": start}
+    if method.batch_size is not None and base.train.batch_size == "auto":
+        train["batch_size"] = method.batch_size
+    changes: dict[str, Any] = {"head": {"noise": 0.0, "dropout": 0.0}, "tune": specs, "train": train}
     return StagePlan(tuning_stage_name(number, method), method.name, "", changed(base, changes))
 
 
@@ -242,9 +232,9 @@ def tuned_closed_form_seconds(timing: StepTiming, search: float) -> float:
     """The time that the closed form of the tuned towers takes.
 
     ``search``: seconds of moments and a trial, and of a stage without steps. The features are those of the validation
-    pairs too. The heads are evaluated when they are saved.
+    pairs too, whose evaluation takes about as long.
     """
-    return 1.1 * timing.features + 2 * timing.evaluation + search
+    return 1.1 * timing.features + timing.evaluation + search
 
 
 def fit_heads(plan: StagePlan, timing: StepTiming, left: Left) -> StagePlan | str:
@@ -257,7 +247,7 @@ def fit_heads(plan: StagePlan, timing: StepTiming, left: Left) -> StagePlan | st
     return _with_epochs(plan, epochs, reason)
 
 
-def fit_tuning(plan: StagePlan, timing: StepTiming, left: Left, *, augment: bool = True) -> StagePlan | str:
+def fit_tuning(plan: StagePlan, timing: StepTiming, left: Left) -> StagePlan | str:
     """The plan with as many epochs as fit, or a part of a few; light augmentation where there are several; else why
     there is none.
 
@@ -279,7 +269,7 @@ def fit_tuning(plan: StagePlan, timing: StepTiming, left: Left, *, augment: bool
         epochs = min(fits, max(_MAX_EPOCHS, -(-_MIN_MAX_STEPS // timing.steps_per_epoch)))
         reason = f"{of_epoch}: {counted(epochs, 'epoch')}"
         reason += f" into {left}" if fits == epochs else f", {fits} would fit into {left}"
-    if augment and epochs > 1 and plan.recipe.data.augment is None:
+    if epochs > 1 and plan.recipe.data.augment is None:
         plan = replace(
             plan, recipe=changed(plan.recipe, {"data": {"augment": {"flip": 0.5, "crop_scale": [0.7, 1.0]}}})
         )

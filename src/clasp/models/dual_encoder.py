@@ -119,10 +119,10 @@ class DualEncoder(nn.Module):
         freeze_except(self, self.selection)
 
     def freeze(self) -> None:
-        """Freeze all; a tower that was tuned keeps the number of blocks below in ``untuned_blocks``."""
+        """Freeze all; a tower that trained ``was_tuned``: its features are not those of its base weights."""
         towers = (self.image, self.text)
-        for tower in towers:  # both before either is frozen: they may share blocks
-            tower.untuned_blocks = None if tower.fully_frozen else tower.frozen_blocks
+        for tower in towers:  # both before either is frozen: they may share parameters
+            tower.was_tuned = tower.was_tuned or not tower.fully_frozen
         self.requires_grad_(False)
 
     @property

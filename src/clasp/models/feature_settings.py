@@ -40,7 +40,7 @@ class FeatureSettings:
 
     def cache_of(self, tower: Tower) -> CachePolicy:
         """The cache of the pooled features of a tower, or of its states."""
-        return self.cache if self.tuned is None or tower.untuned_blocks is None else self.tuned
+        return self.cache if self.tuned is None or not tower.was_tuned else self.tuned
 
     def tower_precision(self, tower: Tower) -> Precision:
         """What the frozen part of ``tower`` computes in."""

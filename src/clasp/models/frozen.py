@@ -46,7 +46,7 @@ class FrozenTower:
     def width(self) -> int:
         return self.tower.width
 
-    def __call__(self, inputs: Pixels | Tokens | HiddenStates) -> PooledFeatures:
+    def __call__(self, inputs: Pixels | Tokens) -> PooledFeatures:
         with computing_in(self.precision, _device(self.tower)):
             return PooledFeatures(self.tower.pooled(inputs))
 
@@ -115,11 +115,6 @@ def find_frozen_part(tower: Tower, size: int, precision: Precision = "float32") 
     if tower.fully_frozen:
         return FrozenTower(tower, precision=precision)
     return FrozenPrefix(tower, depth, size, precision) if (depth := tower.frozen_blocks) else None
-
-
-def find_untuned_prefix(tower: Tower, size: int, precision: Precision = "float32") -> FrozenPrefix | None:
-    """What is below the tuned blocks of a tower that is frozen as a whole; ``None`` where nothing is."""
-    return FrozenPrefix(tower, tower.untuned_blocks, size, precision) if tower.untuned_blocks else None
 
 
 def _device(tower: Tower) -> torch.device:

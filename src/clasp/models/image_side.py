@@ -24,7 +24,7 @@ from clasp.data.pairs import Pairs
 from clasp.data.process_group import SINGLE, ProcessGroup, own_share
 from clasp.data.readers import ImageReader, LiveImageReader
 from clasp.models.feature_settings import FeatureCallbacks, FeatureSettings, choose_storage
-from clasp.models.frozen import find_frozen_part, find_untuned_prefix
+from clasp.models.frozen import find_frozen_part
 from clasp.models.packed_weights import packed_weights
 from clasp.models.tower import Tower
 from clasp.types import ImageInput, Pixels, SkippedSample
@@ -46,7 +46,6 @@ class ImageSide:
         self.transform = transform
         precision = settings.tower_precision(tower)
         self.frozen_part = find_frozen_part(tower, transform.size, precision) if settings.cache.mode != "off" else None
-        self._prefix = find_untuned_prefix(tower, transform.size, precision)
         self._tower, self._settings, self._callbacks = tower, settings, callbacks
         self._reported: set[str] = set()
         self._told = False
@@ -73,27 +72,10 @@ class ImageSide:
             self._told = True
             self._settings.report_precision(self._tower, self._callbacks.notify)
         reading = ImageReadSettings(self._batch_size, self._settings.workers, self._settings.max_bad_fraction)
-        states = self._states(pairs, reading) if augment is None else None
         with packed_weights(), self._callbacks.bar(f"images of {Path(pairs.name).name} through {name}") as progress:
             return image_features(
-                request,
-                reading,
-                cache_folder=policy.folder,
-                storage=storage,
-                device=self._device,
-                progress=progress,
-                states=states,
+                request, reading, cache_folder=policy.folder, storage=storage, device=self._device, progress=progress
             )
-
-    def _states(self, pairs: Pairs, reading: ImageReadSettings) -> CachedFeatures | None:
-        """The hidden states below the tuned blocks of a frozen tower, where its runs have them cached."""
-        if self._prefix is None:
-            return None
-        policy, request = self._settings.cache, ImageFeatureRequest(self._prefix, pairs, self.transform)
-        if (plan := policy.plan(request)).file is None:
-            return None
-        assert plan.storage is not None
-        return image_features(request, reading, cache_folder=policy.folder, storage=plan.storage, device=self._device)
 
     def reader(self, pairs: Pairs, augment: Augment | None) -> ImageReader:
         """The image side of training batches."""

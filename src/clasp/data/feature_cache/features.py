@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,17 +18,16 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from clasp.data.device import to_device
 from clasp.data.feature_cache.arrays import ArrayWriter, load_or_compute
-from clasp.data.feature_cache.replay import CachedFeatures, CachedImageReader
+from clasp.data.feature_cache.replay import CachedFeatures
 from clasp.data.feature_cache.requests import ImageFeatureRequest, TextFeatureRequest
 from clasp.data.loader import BadSampleLimit, iter_text_batches, philox_integers
 from clasp.data.pairs import Pairs
-from clasp.data.readers import ImageBatch, ImageReader, LiveImageReader, SampleIndices
+from clasp.data.readers import ImageBatch, LiveImageReader, SampleIndices
 from clasp.data.shard_windows import fetch_following
 from clasp.data.workers import WorkerPool
 from clasp.plain_types import StorageDtype
-from clasp.types import HiddenStates, PooledFeatures, ProgressCallback, SkippedSample, Tokens
+from clasp.types import HiddenStates, Pixels, PooledFeatures, ProgressCallback, SkippedSample, Tokens
 
 _VIEW_STREAM = 3  # id of the random stream; the first three are those of ``loader``
 TOKENS_PER_FORWARD = 4096  # tokens of captions, padding included, in one forward pass
@@ -54,16 +53,12 @@ def image_features(
     storage: StorageDtype = "float32",
     device: str | torch.device = "cpu",
     progress: ProgressCallback | None = None,
-    states: CachedFeatures | None = None,
 ) -> CachedFeatures:
     """The features of every image, in all views of the request; an image that several pairs name is computed once.
 
-    ``states``: hidden states of the same images, which the part of the request goes on from; without, from pixels.
     ``progress(done, total)`` counts distinct images times views, and is not called when nothing is computed. ``device``
     is that of the tower. Raises ``UserError`` when too many images are unreadable or the disk is full.
     """
-    if states is not None:
-        request = replace(request, states=states.kept.metadata["key"])
     images = request.pairs.images
     part, transform, views, count = request.part, request.transform, request.views, request.count
     rows = part.tokens
@@ -79,22 +74,18 @@ def image_features(
             number: SkippedSample(name, why) for number, name, why in writer.notes["skipped"]
         }
         limit.add(_samples_of(request.pairs, skipped))
-        live, workers = LiveImageReader(transform), reading.workers
-        readers: list[ImageReader] = [live, *[LiveImageReader(transform, request.augment)] * (views - 1)]
-        if states is not None:
-            readers, workers = [CachedImageReader(states, images.pairs)], 0
+        readers = [LiveImageReader(transform), *[LiveImageReader(transform, request.augment)] * (views - 1)]
         batches, done = _view_batches(request, reading.batch_size, start=writer.done), writer.done
         batches = [(view, indices) for view, indices in batches if writer.needs(rows_of(view, indices))]
-        announced = batches if states is not None else _announced(batches, images.pairs)
-        with closing(WorkerPool(_ViewReader(images.pairs, readers), workers=workers)) as stream:
-            for (view, indices), read in zip(batches, stream(announced), strict=True):
+        with closing(WorkerPool(_ViewReader(images.pairs, readers), workers=reading.workers)) as stream:
+            for (view, indices), read in zip(batches, stream(_announced(batches, images.pairs)), strict=True):
                 missing = sorted(set(range(len(indices))) - set(read.kept))
                 new = dict(zip(indices.pair[missing].tolist(), read.skipped, strict=True))
                 limit.add(_samples_of(request.pairs, new))
                 skipped.update(new)
                 values = torch.full((len(indices), rows, part.width), torch.nan)
                 if read.kept:
-                    values[read.kept] = _rows_on_cpu(part(to_device(read.inputs, device))).unflatten(
+                    values[read.kept] = _rows_on_cpu(part(Pixels(read.inputs.values.to(device)))).unflatten(
                         0, (len(read.kept), rows)
                     )
                 writer.write(rows_of(view, indices), values.flatten(0, 1))
@@ -167,7 +158,7 @@ class _ViewReader:
     """Reads one view of some images; runs in a worker process if there are workers."""
 
     pairs: Pairs
-    readers: Sequence[ImageReader]
+    readers: Sequence[LiveImageReader]
 
     def __call__(self, request: tuple[int, SampleIndices]) -> ImageBatch:
         view, indices = request

@@ -8,7 +8,7 @@ are tokenised if the part stops at a block, since a caption then takes a row per
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any, ClassVar, Literal, Protocol, TypeVar, runtime_checkable
@@ -22,7 +22,7 @@ from clasp.data.pairs import Pairs
 from clasp.data.text_column import TextColumn
 from clasp.data.tokenizer import Tokenizer
 from clasp.plain_types import StorageDtype
-from clasp.types import HiddenStates, PooledFeatures, Tokens
+from clasp.types import HiddenStates, Pixels, PooledFeatures, Tokens
 
 _TowerInput_contra = TypeVar("_TowerInput_contra", contravariant=True)
 
@@ -79,23 +79,18 @@ class DistinctTexts:
 
 @dataclass(frozen=True, eq=False)
 class ImageFeatureRequest:
-    """The images of ``pairs`` through ``part``, each once, in ``views`` views: one plain, the others augmented.
-
-    ``states``: the key of cached hidden states of the plain images that the part goes on from, in place of pixels.
-    """
+    """The images of ``pairs`` through ``part``, each once, in ``views`` views: one plain, the others augmented."""
 
     what: ClassVar[Literal["images"]] = "images"
-    part: FrozenPart[Any]
+    part: FrozenPart[Pixels]
     pairs: Pairs
     transform: ImageTransform
     augment: Augment | None = None
     views: int = 1
     seed: int = 0
-    states: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         assert self.views == 1 or self.augment is not None, "further views need an augmentation"
-        assert self.states is None or self.augment is None, "states are of plain images"
 
     @property
     def key(self) -> dict[str, Any]:
@@ -103,7 +98,6 @@ class ImageFeatureRequest:
         ``seed``."""
         key = {"what": "images", "part": self.part.fingerprint, "transform": self.transform.fingerprint}
         key |= {"pairs": self.pairs.images.pairs.version, "views": self.views, **_layers_key(self.part.layers)}
-        key |= {"states": dict(self.states)} if self.states is not None else {}
         if self.augment is None or self.views == 1:
             return key
         return key | {"augment": asdict(self.augment), "seed": self.seed}
