@@ -150,7 +150,9 @@ class ClosedFormStages:
         recipe = tuned_search_recipe(self.base, recipe, str(folder))
         with _own_features(self._stages.run) as features:
             search = self._begin(recipe, features)
-            chosen, reason = choose_trial(self._run(search, TUNED_RIDGES))
+            # after a start from few pairs, another trial takes as long as some steps, which are worth more
+            trials = self._run(search, TUNED_RIDGES) if self._few is None else self._run(search, TUNED_RIDGES[:1], ())
+            chosen, reason = choose_trial(trials)
             stage = plan_tuned_closed_form(
                 recipe, _TUNED_NUMBER, chosen.candidate, f"towers of {tuned.stage}; {reason}"
             )

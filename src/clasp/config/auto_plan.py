@@ -234,7 +234,7 @@ def tuned_closed_form_seconds(timing: StepTiming, search: float) -> float:
     ``search``: seconds of moments and a trial, and of a stage without steps. The features are those of the validation
     pairs too, whose evaluation takes about as long.
     """
-    return 1.1 * timing.features + timing.evaluation + search
+    return timing.features + timing.evaluation + search
 
 
 def fit_heads(plan: StagePlan, timing: StepTiming, left: Left) -> StagePlan | str:
