@@ -25,7 +25,7 @@ from clasp.commands.closed_form import may_have_class_pairs
 from clasp.commands.train import train_recipe
 from clasp.config.auto_plan import SHORT_TUNINGS, Left, changed
 from clasp.config.budget import LEAST_MINUTES, AutoSettings
-from clasp.config.build import build_feature_source, build_model_and_preprocessing
+from clasp.config.build import CacheFolders, build_feature_source, build_model_and_preprocessing
 from clasp.config.datasets import open_training_pairs
 from clasp.config.recipe import Recipe, read_recipe, recipe_from_dict
 from clasp.data.readers import PairIndex
@@ -341,7 +341,7 @@ def test_features_of_tuned_towers_are_cached_apart(
     parts = build_model_and_preprocessing(given)
     parts.model.freeze()
     train, _ = open_training_pairs(given)
-    inputs = build_feature_source(parts, given, tuned=tmp_path / "tuned")
+    inputs = build_feature_source(parts, given, folders=CacheFolders(tuned=tmp_path / "tuned"))
     assert inputs.image_features(train) is not None
     assert [len(list((tmp_path / name).glob("features/*.npy"))) for name in ("tuned", "usual")] == [1, 0]
     assert inputs.text_features(PairIndex(train).texts) is not None
@@ -353,7 +353,7 @@ def test_no_step_is_timed_where_features_of_all_pairs_do_not_fit(
 ):
     monkeypatch.setattr(closed_form_job, "few_pairs", lambda minutes, count: 20)
     monkeypatch.setattr(AutoStages, "left", Left(1e-6, None))
-    monkeypatch.setattr(main_job, "time_steps", lambda *given: pytest.fail("timed steps"))
+    monkeypatch.setattr(main_job._Climb, "_time_steps", lambda *given: pytest.fail("timed steps"))
     done = climb(recipe(towers, pairs, minutes=1), tmp_path / "toy", QUIET)
     tuned = done.plan.row("2-low-rank-and-norms")
     assert tuned is not None and re.fullmatch(r"features of all pairs, about \d+ s, do not fit into .*", tuned.reason)

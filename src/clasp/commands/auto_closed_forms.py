@@ -50,7 +50,7 @@ from clasp.config.auto_plan import (
     plan_tuned_closed_form,
     tuned_closed_form_seconds,
 )
-from clasp.config.build import build_feature_source, build_model, build_model_and_preprocessing
+from clasp.config.build import CacheFolders, build_feature_source, build_model, build_model_and_preprocessing
 from clasp.config.datasets import TrainValPairs, limit_pairs
 from clasp.config.recipe import Recipe, recipe_from_dict
 from clasp.data.cache_folder import cache_folder
@@ -195,7 +195,9 @@ class ClosedFormStages:
         parts.model.freeze()
         parts.model.to(PartialState().device).eval()
         began = time.monotonic()
-        inputs = build_feature_source(parts, recipe, bar=self.io.bar, say=self.io.say, tuned=tuned)
+        inputs = build_feature_source(
+            parts, recipe, bar=self.io.bar, say=self.io.say, folders=CacheFolders(tuned=tuned)
+        )
         require_room_for_features(plan_run_features(recipe, inputs, train, self.pairs[1], listing), inputs.cache)
         sides = inputs.batch_reader(train, listing, None)
         task = validation_task(*self.pairs, inputs)

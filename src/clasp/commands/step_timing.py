@@ -20,7 +20,7 @@ from accelerate import PartialState
 
 from clasp.commands.run_context import resolve_recipe
 from clasp.config.auto_plan import StepTiming
-from clasp.config.build import build_feature_source, build_model_and_preprocessing
+from clasp.config.build import CacheFolders, build_feature_source, build_model_and_preprocessing
 from clasp.config.datasets import TrainValPairs
 from clasp.config.recipe import Recipe
 from clasp.config.run_plan import plan_run
@@ -56,7 +56,7 @@ def time_steps(recipe: Recipe, pairs: TrainValPairs, bar: ProgressFactory, *, ca
     if recipe.train.init_from is not None:
         load_initial_weights(parts.model, recipe.to_dict())
     parts.model.to(PartialState().device).eval()
-    inputs = build_feature_source(parts, recipe, bar=bar, cache=cache)
+    inputs = build_feature_source(parts, recipe, bar=bar, folders=CacheFolders(cache))
     plan = plan_run(recipe, train, inputs)
     resolved = resolve_recipe(recipe, plan, parts.model)
     sides = inputs.batch_reader(train, listing, recipe.data.augment)
