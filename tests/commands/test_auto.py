@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,10 +23,12 @@ from clasp.commands.auto import AutoResult, climb, resume_climb
 from clasp.commands.auto_stages import AutoCallbacks, AutoStages
 from clasp.commands.closed_form import may_have_class_pairs
 from clasp.commands.train import train_recipe
-from clasp.config.auto_plan import SHORT_TUNINGS
+from clasp.config.auto_plan import SHORT_TUNINGS, Left, changed
 from clasp.config.budget import LEAST_MINUTES, AutoSettings
+from clasp.config.build import CacheFolders, build_feature_source, build_model_and_preprocessing
 from clasp.config.datasets import open_training_pairs
 from clasp.config.recipe import Recipe, read_recipe, recipe_from_dict
+from clasp.data.readers import PairIndex
 from clasp.report.auto_table import AutoPlan, AutoRow, auto_table
 from clasp.training.cost.ledger import read_cost
 from clasp.training.run_files import PLAN_FILE
@@ -313,7 +316,8 @@ def test_little_time_for_many_pairs_starts_from_few(
     towers: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(closed_form_job, "few_pairs", lambda minutes, count: 20)
-    monkeypatch.setattr(main_job, "tunings_in", lambda minutes, count: SHORT_TUNINGS)
+    short = (replace(SHORT_TUNINGS[0], batch_size=6), *SHORT_TUNINGS[1:])
+    monkeypatch.setattr(main_job, "tunings_in", lambda minutes, count: short)
     done = climb(recipe(towers, pairs, steps=9), tmp_path / "toy", QUIET)
     rows = [row for row in done.plan.rows if row.stage]
     stages = [row.stage for row in rows]
@@ -322,10 +326,37 @@ def test_little_time_for_many_pairs_starts_from_few(
     first, tuned, again = (read_recipe(tmp_path / "toy" / "stages" / stages[n] / "recipe.toml") for n in (0, 1, 4))
     assert first.data.max_pairs == 20 and first.image.extra_layers == []
     assert tuned.tune.text == ["none"] and "lora(rank=8)" in tuned.tune.image and tuned.train.max_steps == 9
+    assert tuned.train.batch_size == 6
     assert tuned.data.max_pairs is again.data.max_pairs is None and again.image.extra_layers
     run(first, tmp_path / "again")
     ours, theirs = delta(tmp_path / "toy" / "stages" / "1-closed-form"), delta(tmp_path / "again")
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_features_of_tuned_towers_are_cached_apart(
+    towers: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("CLASP_CACHE", str(tmp_path / "usual"))
+    given = changed(recipe(towers, pairs, steps=1), {"tune": {"image": ["norms"]}})
+    parts = build_model_and_preprocessing(given)
+    parts.model.freeze()
+    train, _ = open_training_pairs(given)
+    inputs = build_feature_source(parts, given, folders=CacheFolders(tuned=tmp_path / "tuned"))
+    assert inputs.image_features(train) is not None
+    assert [len(list((tmp_path / name).glob("features/*.npy"))) for name in ("tuned", "usual")] == [1, 0]
+    assert inputs.text_features(PairIndex(train).texts) is not None
+    assert [len(list((tmp_path / name).glob("features/*.npy"))) for name in ("tuned", "usual")] == [1, 1]
+
+
+def test_no_step_is_timed_where_features_of_all_pairs_do_not_fit(
+    towers: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(closed_form_job, "few_pairs", lambda minutes, count: 20)
+    monkeypatch.setattr(AutoStages, "left", Left(1e-6, None))
+    monkeypatch.setattr(main_job._Climb, "_time_steps", lambda *given: pytest.fail("timed steps"))
+    done = climb(recipe(towers, pairs, minutes=1), tmp_path / "toy", QUIET)
+    tuned = done.plan.row("2-low-rank-and-norms")
+    assert tuned is not None and re.fullmatch(r"features of all pairs, about \d+ s, do not fit into .*", tuned.reason)
 
 
 def test_all_pairs_follow_where_no_step_fits(

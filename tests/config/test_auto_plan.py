@@ -94,11 +94,11 @@ def test_epochs_fit_what_is_left(left: Left, epochs: int):
 @pytest.mark.parametrize(
     ("left", "steps"),
     [
-        (Left(131.0, None), 100),
-        (Left(119.0, None), 89),  # 92 % of it, less an evaluation before and one after
-        (Left(250.0, None), 200),
-        (Left(36.0, None), 13),
-        (Left(29.0, None), None),
+        (Left(120.0, None), 100),  # 92 % of it, less an evaluation
+        (Left(119.0, None), 99),
+        (Left(250.0, None), 220),
+        (Left(36.0, None), 23),
+        (Left(19.0, None), None),
         (Left(None, 99), 99),
         (Left(None, 7), None),
     ],
@@ -110,6 +110,7 @@ def test_a_few_epochs_need_not_be_whole(left: Left, steps: int | None):
         return
     assert isinstance(fitted, StagePlan) and fitted.recipe.train.max_steps == steps, fitted
     assert fitted.recipe.train.epochs == -(-steps // 100) and fitted.recipe.train.select == "last"
+    assert fitted.recipe.train.evaluate_every == "end"
     assert Left(100.0, None).after(30.0) == Left(70.0, None) and Left(None, 5).after(30.0) == Left(None, 5)
 
 

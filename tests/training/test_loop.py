@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from clasp.training import loop, step
 from clasp.training import optimizer as optim
 from clasp.training.interrupt import GracefulStop
-from clasp.training.loop import FitResult, TrainPosition, TrainSettings, TrainState, fit
+from clasp.training.loop import FitResult, TrainPosition, TrainSettings, TrainState, count_evaluations, fit
 from clasp.training.settings import LrFactors
 from clasp.types import Batch, Embeddings, LossParts, Pixels, PooledFeatures, SkippedSample, Tokens, UserError
 from toytrackers import callbacks
@@ -428,6 +428,8 @@ def test_evaluates_every_so_many_epochs_and_after_the_last() -> None:
     assert epochs(2, 5) == [0, 2, 4, 5]
     assert epochs("auto", 5) == [0, 1, 2, 3, 4, 5]
     assert epochs("auto", 25) == [0, 3, 6, 9, 12, 15, 18, 21, 24, 25]
+    assert epochs("end", 5) == [5] and epochs("end", 0) == [0]
+    assert count_evaluations(SETTINGS.model_copy(update={"evaluate_every": "end"})) == 1
 
 
 def test_log_lines_are_json_and_follow_the_schedule() -> None:

@@ -24,6 +24,7 @@ from clasp.config.auto_plan import (
     CLOSED_FORM_STAGE,
     TUNINGS,
     StagePlan,
+    StepTiming,
     TowerTuning,
     changed,
     fit_heads,
@@ -52,6 +53,7 @@ from clasp.training.run_files import PLAN_FILE
 from clasp.training.run_folder import RunFolder
 from clasp.types import UserError
 
+_TIMED_VALIDATION = 256  # pairs, at most, whose evaluation is timed
 _TUNING_NUMBERS = tuple(f"{2 + number}-" for number in range(len(TUNINGS)))
 
 
@@ -183,7 +185,9 @@ class _Climb:
         if self._stages.resumed_or_ended(stage):
             return
         made = self.plan.row(start.name) is not None
-        timing = time_steps(stage.recipe if made else with_random_heads(stage.recipe), self.pairs, self.io.bar)
+        if "text" not in method.towers:
+            self._closed_forms.cache_captions()
+        timing = self._time_steps(stage.recipe if made else with_random_heads(stage.recipe))
         self.plan.reserved_seconds = self._closed_forms.seconds_of_tuned(timing, stage.recipe)
         self._stages.write()  # so that a kill in the stage keeps the reserve for the methods after it
         left = self._stages.left.after(self.plan.reserved_seconds + self._seconds_of(start))
@@ -192,6 +196,13 @@ class _Climb:
             self._stages.train(start)
             planned = self._unbeatable() or planned
         self._stages.train_if_planned(stage, planned)
+
+    def _time_steps(self, recipe: Recipe) -> StepTiming:
+        """The time of a recipe that tunes towers, its evaluation from that of a part of many validation pairs."""
+        train, val = self.pairs
+        part = limit_pairs(val, _TIMED_VALIDATION)
+        timing = time_steps(recipe, (train, part), self.io.bar)
+        return replace(timing, evaluation=timing.evaluation * len(val) / len(part))
 
     def _heads(self) -> None:
         """The last stage: gradient steps of the heads on cached features, where tuning left time."""
@@ -222,7 +233,7 @@ class _Climb:
             return reason
         first = self._first_tuning()
         if first is None:
-            return ""
+            return self._closed_forms.reason_against_steps(self._stages.left)
         if first.metric is None:
             return f"as {first.stage}"
         left = self._stages.left.after(self.plan.reserved_seconds)

@@ -11,7 +11,7 @@ import hashlib
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -37,9 +37,12 @@ from clasp.config.auto_plan import (
     ALL_PAIRS_STAGE,
     CLOSED_FORM_STAGE,
     RIDGES,
+    START_RIDGES,
     TUNED_CLOSED_FORM,
     TUNED_RIDGES,
     TUNINGS,
+    WIDTHS,
+    Left,
     StepTiming,
     changed,
     few_pairs,
@@ -47,7 +50,7 @@ from clasp.config.auto_plan import (
     plan_tuned_closed_form,
     tuned_closed_form_seconds,
 )
-from clasp.config.build import build_feature_source, build_model, build_model_and_preprocessing
+from clasp.config.build import CacheFolders, build_feature_source, build_model, build_model_and_preprocessing
 from clasp.config.datasets import TrainValPairs, limit_pairs
 from clasp.config.recipe import Recipe, recipe_from_dict
 from clasp.data.cache_folder import cache_folder
@@ -61,7 +64,6 @@ from clasp.training.warm_start import load_initial_weights
 _SEARCH_SHARE = 0.05  # of the minutes, for a search of closed forms once its features are cached
 _MINUTES_FOR_ALL_LAYERS = 3  # their moments alone take a quarter of a minute
 _TUNED_NUMBER = 2 + len(TUNINGS)
-_Choice = Callable[[Sequence[ClosedFormTrial]], tuple[ClosedFormTrial, str]]
 TUNED_STAGE = f"{_TUNED_NUMBER}-{TUNED_CLOSED_FORM}"
 
 
@@ -87,6 +89,7 @@ class ClosedFormStages:
         self.base, self.pairs, self.plan, self.io, self._stages = base, pairs, plan, callbacks, stages
         self.minutes = stages.budget.minutes
         self._few = few_pairs(self.minutes, len(pairs[0]))
+        self._seconds_of_all = 0.0  # estimated of the features of all pairs, where this session computed those of some
 
     @property
     def kept(self) -> str:
@@ -100,7 +103,7 @@ class ClosedFormStages:
             self._train(CLOSED_FORM_STAGE, search_recipe(self.base, self._layers), self.base)
         else:
             few = changed(self.base, {"data": {"max_pairs": self._few}})
-            self._train(CLOSED_FORM_STAGE, search_recipe(few, "last"), few, choose_start)
+            self._train(CLOSED_FORM_STAGE, search_recipe(few, "last"), few, start=True)
 
     def of_all_pairs(self) -> None:
         """The closed form of all pairs, where the first was of few and no stage tuned the towers."""
@@ -113,15 +116,19 @@ class ClosedFormStages:
             return "last"
         return "upper half" if (self.minutes or float("inf")) < _MINUTES_FOR_ALL_LAYERS else "all"
 
-    def _train(self, name: str, searched: Recipe, base: Recipe, choose: _Choice = choose_trial) -> None:
-        """Search among the layers of ``searched``, and train the choice as a stage of ``base``."""
+    def _train(self, name: str, searched: Recipe, base: Recipe, *, start: bool = False) -> None:
+        """Search among the layers of ``searched``, and train the choice as a stage of ``base``; ``start``: to tune the
+        towers from."""
         if self.plan.row(name) is not None:
             return
         self._drop_candidates()
         search = self._begin(searched)
         pairs = "" if base.data.max_pairs is None else f" of at most {base.data.max_pairs:,} pairs"
         self.io.say(f"features{pairs} are cached; {self._stages.seconds:,.0f} s so far")
-        chosen, reason = choose(self._run(search, RIDGES))
+        if start:
+            chosen, reason = choose_start(self._run(search, START_RIDGES, ()))
+        else:
+            chosen, reason = choose_trial(self._run(search, RIDGES))
         if (left := self._stages.left.seconds) is not None and left < 0:
             reason += f"; the budget of {self._stages.budget} ended before it"
         self._stages.train(plan_closed_form(base, chosen.candidate, reason, name), search.heads(chosen.candidate))
@@ -143,11 +150,26 @@ class ClosedFormStages:
         recipe = tuned_search_recipe(self.base, recipe, str(folder))
         with _own_features(self._stages.run) as features:
             search = self._begin(recipe, features)
-            chosen, reason = choose_trial(self._run(search, TUNED_RIDGES))
+            # after a start from few pairs, another trial takes as long as some steps, which are worth more
+            trials = self._run(search, TUNED_RIDGES) if self._few is None else self._run(search, TUNED_RIDGES[:1], ())
+            chosen, reason = choose_trial(trials)
             stage = plan_tuned_closed_form(
                 recipe, _TUNED_NUMBER, chosen.candidate, f"towers of {tuned.stage}; {reason}"
             )
             self._stages.train(stage, search.heads(chosen.candidate), features)
+
+    def cache_captions(self) -> None:
+        """Cache all layers of captions that the closed form of tuned towers reads; tuning reads the last of them."""
+        recipe, texts = search_recipe(self.base, "upper half"), PairIndex(self.pairs[0]).texts
+        parts = build_model_and_preprocessing(recipe, lambda: texts)
+        parts.model.freeze()
+        build_feature_source(parts, recipe, bar=self.io.bar).text_features(texts)
+
+    def reason_against_steps(self, left: Left) -> str:
+        """Why no step can fit, before one is timed: after a start from few pairs, the features of all are to come."""
+        if self._few is None or left.seconds is None or left.seconds >= self._seconds_of_all:
+            return ""
+        return f"features of all pairs, about {self._seconds_of_all:,.0f} s, do not fit into {left}"
 
     def seconds_of_tuned(self, timing: StepTiming, tuning: Recipe) -> float:
         """The time that the closed form of towers tuned with a recipe will take, with its features."""
@@ -161,8 +183,8 @@ class ClosedFormStages:
 
     # --- a search ----------------------------------------------------------------------------------------------------
 
-    def _begin(self, recipe: Recipe, cache: Path | None = None) -> ClosedFormSearch:
-        """The search over the towers of ``recipe``, or those of ``train.init_from``, frozen; ``cache``: as that of
+    def _begin(self, recipe: Recipe, tuned: Path | None = None) -> ClosedFormSearch:
+        """The search over the towers of ``recipe``, or those of ``train.init_from``, frozen; ``tuned``: as that of
         ``build_feature_source``."""
         train = limit_pairs(self.pairs[0], recipe.data.max_pairs)
         listing = PairIndex(train)
@@ -170,21 +192,29 @@ class ClosedFormStages:
         require_distinct_captions(listing.texts, parts.tokenizer)
         if recipe.train.init_from is not None:
             load_initial_weights(parts.model, recipe.to_dict())
-        parts.model.requires_grad_(False).to(PartialState().device).eval()
-        inputs = build_feature_source(parts, recipe, bar=self.io.bar, say=self.io.say, cache=cache)
+        parts.model.freeze()
+        parts.model.to(PartialState().device).eval()
+        began = time.monotonic()
+        inputs = build_feature_source(
+            parts, recipe, bar=self.io.bar, say=self.io.say, folders=CacheFolders(tuned=tuned)
+        )
         require_room_for_features(plan_run_features(recipe, inputs, train, self.pairs[1], listing), inputs.cache)
         sides = inputs.batch_reader(train, listing, None)
         task = validation_task(*self.pairs, inputs)
         self.plan.primary = task.primary
+        val = len(self.pairs[1])
+        self._seconds_of_all = (time.monotonic() - began) * (len(self.pairs[0]) + val) / (len(train) + val)
         return begin_search(parts.model, recipe, sides, task, inputs)
 
-    def _run(self, search: ClosedFormSearch, ridges: Sequence[tuple[float, float]]) -> list[ClosedFormTrial]:
+    def _run(
+        self, search: ClosedFormSearch, ridges: Sequence[tuple[float, float]], widths: Sequence[int] = WIDTHS
+    ) -> list[ClosedFormTrial]:
         """Try candidates for a share of the minutes, each a row of the plan, the first with the seconds of the moments;
         half as long is left for what follows."""
         began, left = time.monotonic(), self._stages.left.seconds
         share = float("inf") if self.minutes is None else _SEARCH_SHARE * 60 * self.minutes
         limit = share if left is None else min(share, left - share / 2)
-        trials = search.run(self.io.say, lambda: time.monotonic() - began > limit, ridges)
+        trials = search.run(self.io.say, lambda: time.monotonic() - began > limit, ridges, widths)
         for place, trial in enumerate(trials):
             seconds = trial.seconds + (0.0 if place else search.seconds_of_moments)
             row = AutoRow(method=str(trial.candidate), verdict="tried", seconds=seconds)

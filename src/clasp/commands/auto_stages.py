@@ -126,14 +126,14 @@ class AutoStages:
         self.plan.rows.append(AutoRow(stage=name, method=method, reason=reason, verdict="left out"))
         self.write()
 
-    def train(self, stage: StagePlan, heads: ClosedFormHeads | None = None, cache: Path | None = None) -> None:
-        """Train a stage, or resume it as it was planned; compare it with the best before, and record it. ``cache``:
-        where its features are cached; by default where those of runs are."""
+    def train(self, stage: StagePlan, heads: ClosedFormHeads | None = None, tuned: Path | None = None) -> None:
+        """Train a stage, or resume it as it was planned; compare it with the best before, and record it. ``tuned``:
+        where the features of its towers are cached, which an earlier stage tuned."""
         self._require_held()
         self.io.say(f"{stage.name}: {stage.method}: {stage.reason}")
         folder, began = self.folder / stage.name, time.monotonic()
         resume = RunFolder(folder).has_state
-        shared = Preloaded(pairs=self.pairs, heads=heads, cache=cache)
+        shared = Preloaded(pairs=self.pairs, heads=heads, tuned=tuned)
         io = self.io
         recipe = recipe_from_dict(RunFolder(folder).recipe(), stage.name) if resume else stage.recipe
         if resume or not (folder / "delta.safetensors").exists():

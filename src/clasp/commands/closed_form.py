@@ -92,9 +92,14 @@ class ClosedFormSearch:
         self._class_moments: tuple[float, PairMoments] | None = None
 
     def run(
-        self, say: MessageCallback, out_of_time: Callable[[], bool], ridges: Sequence[tuple[float, float]] = RIDGES
+        self,
+        say: MessageCallback,
+        out_of_time: Callable[[], bool],
+        ridges: Sequence[tuple[float, float]] = RIDGES,
+        widths: Sequence[int] = WIDTHS,
     ) -> list[ClosedFormTrial]:
-        """Layers first, then the ridge of the best layers, then the width; stops early when ``out_of_time``."""
+        """Layers first, then the ridge of the best layers, then the width; stops early when ``out_of_time``. Without
+        ``widths``, that of the search alone."""
         trials: list[ClosedFormTrial] = []
         layers = self._layer_candidates(ridges[0])
         needed = min(_FIRST_TRIALS, len(layers))
@@ -113,7 +118,7 @@ class ClosedFormSearch:
             attempt([best_trial(trials).candidate._replace(class_weight=weight) for weight in CLASS_WEIGHTS])
         best = best_trial(trials).candidate
         most = min(self._narrower(best.image, best.text), WIDTHS[-1])
-        attempt([best._replace(width=width) for width in (*WIDTHS, most) if width <= most])
+        attempt([best._replace(width=width) for width in (*widths, most) if widths and width <= most])
         return trials
 
     def run_layers(self, progress: ProgressCallback = lambda done, total: None) -> list[ClosedFormTrial]:

@@ -41,13 +41,13 @@ HeadInitializer = Callable[[DualEncoder], None]
 @dataclass(frozen=True, slots=True)
 class Preloaded:
     """What a run is given: the pairs of its recipe and its model, which is trained in place, where they are in memory
-    already; what sets its heads where their closed form was computed before; where its features are cached, if not
-    where those of other runs are; the processes that train together."""
+    already; what sets its heads where their closed form was computed before; where the features of its towers are
+    cached, which were tuned and train no step here; the processes that train together."""
 
     pairs: TrainValPairs | None = None
     parts: ModelAndPreprocessing | None = None
     heads: HeadInitializer | None = None
-    cache: Path | None = None
+    tuned: Path | None = None
     processes: Processes = field(default_factory=Processes)
 
 

@@ -19,6 +19,7 @@ from clasp.commands.fit_run import fit_run, open_batches
 from clasp.commands.run_context import Preloaded, RunContext, open_ledger, read_earlier_cost, resolve_recipe
 from clasp.commands.run_evaluations import RunEvaluations
 from clasp.config.build import (
+    CacheFolders,
     ModelAndPreprocessing,
     build_feature_source,
     build_model_and_preprocessing,
@@ -254,7 +255,16 @@ def _open_inputs(
     else:
         device = next(parts.model.parameters()).device
         precision = loaded.processes.first(lambda: resolve_precision(recipe.train.precision, device))
-    return build_feature_source(parts, recipe, precision=precision, cache=loaded.cache, **callbacks)
+    if loaded.tuned is None:
+        return build_feature_source(parts, recipe, precision=precision, **callbacks)
+    assert recipe.train.epochs == 0, "the features of towers that train are not cached"
+    parts.model.freeze()
+    try:
+        return build_feature_source(
+            parts, recipe, precision=precision, folders=CacheFolders(tuned=loaded.tuned), **callbacks
+        )
+    finally:
+        parts.model.select(parts.model.selection)
 
 
 def _write(context: RunContext, fitted: FitResult, results: Sequence[EvaluationResult], cost: RunCost) -> None:

@@ -21,6 +21,8 @@ ALL_PAIRS_STAGE = "1-closed-form-of-all-pairs"
 TUNED_CLOSED_FORM = "closed-form-of-tuned"
 RIDGES = ((1.0, 1.0), (0.3, 0.3), (3.0, 3.0), (10.0, 10.0), (3.0, 0.3), (0.3, 3.0))
 """Ridge penalties (image, text): the first with every set of layers, the others with the best one"""
+START_RIDGES = RIDGES[:2]
+"""Those of heads that tuning starts from, and replaces"""
 TUNED_RIDGES = ((0.3, 0.3), (0.1, 0.1), (1.0, 1.0), (3.0, 3.0))
 """Those for tuned towers, whose features need less"""
 CLASS_WEIGHTS = (0.0, 3.0, 10.0, 30.0)
@@ -34,7 +36,7 @@ _MAX_EVALUATIONS = 10
 _FEW_EPOCHS = 3  # fewer of them need not be whole
 _FEWEST_STEPS = 8  # of tuning that are worth the closed form of the tuned towers
 _SHORT_MINUTES, _FEW_PAIRS = 3, 2048  # below, the first closed form is of so many pairs: tuning starts from it
-_IMAGES_ALONE_MINUTES = 1.5  # below, the image tower is tuned alone where pairs are many
+_IMAGES_ALONE_MINUTES = 2  # below, the image tower is tuned alone where pairs are many
 
 
 class LayerSet(NamedTuple):
@@ -91,13 +93,14 @@ class StepTiming:
 
 @dataclass(frozen=True, slots=True)
 class TowerTuning:
-    """Methods for towers, both or one, with their learning rate and its factors."""
+    """Methods for towers, both or one, with learning rate and factors, and the batch size where the user has none."""
 
     name: str
     specs: tuple[str, ...]
     lr: float
     lr_factors: tuple[tuple[str, float], ...] = ()
     towers: tuple[Literal["image", "text"], ...] = ("image", "text")
+    batch_size: int | None = None
 
 
 TUNINGS = (
@@ -106,8 +109,12 @@ TUNINGS = (
     TowerTuning("full", ("full",), 1e-3, (("tower", 0.03), ("norm", 0.03))),
 )
 """Tuned inside both towers, best first; a later one is tried where the budget holds both"""
-SHORT_TUNINGS = (replace(TUNINGS[0], name="low rank and norms of images", towers=("image",)), *TUNINGS[1:])
-"""Those where time is short for the pairs: in the image tower alone a step is cheaper, and was worth more (LOG)"""
+SHORT_TUNINGS = (
+    replace(TUNINGS[0], name="low rank and norms of images", towers=("image",), batch_size=64),
+    *TUNINGS[1:],
+)
+"""Those where time is short for the pairs: in the image tower alone a step is cheaper, and was worth more (LOG); more
+steps of half the pairs were, too"""
 
 
 def layer_sets(blocks: int, given: Sequence[int] | str) -> list[LayerSet]:
@@ -197,11 +204,10 @@ def plan_heads(base: Recipe, number: int, start: str) -> StagePlan:
 
 def plan_tuning(base: Recipe, number: int, start: str, method: TowerTuning, specs: dict[str, list[str]]) -> StagePlan:
     """Tuning inside the towers from the run ``start``; ``specs``: what the towers take of the method."""
-    changes: dict[str, Any] = {
-        "head": {"noise": 0.0, "dropout": 0.0},
-        "tune": specs,
-        "train": {"epochs": 1, "lr": method.lr, "lr_factors": dict(method.lr_factors), "init_from": start},
-    }
+    train = {"epochs": 1, "lr": method.lr, "lr_factors": dict(method.lr_factors), "init_from": start}
+    if method.batch_size is not None and base.train.batch_size == "auto":
+        train["batch_size"] = method.batch_size
+    changes: dict[str, Any] = {"head": {"noise": 0.0, "dropout": 0.0}, "tune": specs, "train": train}
     return StagePlan(tuning_stage_name(number, method), method.name, "", changed(base, changes))
 
 
@@ -226,9 +232,9 @@ def tuned_closed_form_seconds(timing: StepTiming, search: float) -> float:
     """The time that the closed form of the tuned towers takes.
 
     ``search``: seconds of moments and a trial, and of a stage without steps. The features are those of the validation
-    pairs too. The heads are evaluated when they are saved.
+    pairs too, whose evaluation takes about as long.
     """
-    return 1.1 * timing.features + 2 * timing.evaluation + search
+    return timing.features + timing.evaluation + search
 
 
 def fit_heads(plan: StagePlan, timing: StepTiming, left: Left) -> StagePlan | str:
@@ -286,14 +292,11 @@ class Left:
         return timing.epochs_in(share * self.seconds)
 
     def few_steps(self, timing: StepTiming, share: float) -> int:
-        """Steps of fewer than ``_FEW_EPOCHS`` epochs that a share of it holds, with an evaluation after each epoch."""
+        """Steps of fewer than ``_FEW_EPOCHS`` epochs that a share of it holds, with the evaluation after them."""
         if self.steps is not None:
             return int(share * self.steps)
         assert self.seconds is not None
-        seconds = share * self.seconds - timing.evaluation  # before the first step
-        whole = int(seconds // (timing.steps_per_epoch * timing.step + timing.evaluation))
-        rest = seconds - whole * (timing.steps_per_epoch * timing.step + timing.evaluation) - timing.evaluation
-        return whole * timing.steps_per_epoch + max(0, int(rest / timing.step))
+        return max(0, int((share * self.seconds - timing.evaluation) / timing.step))
 
     def after(self, seconds: float) -> Left:
         """What is left once ``seconds`` have passed."""
@@ -316,7 +319,7 @@ def _count(epochs: int) -> str:
 
 
 def _with_epochs(plan: StagePlan, epochs: int, reason: str) -> StagePlan:
-    every = -(-epochs // _MAX_EVALUATIONS)
+    every = "end" if plan.recipe.train.select == "last" else -(-epochs // _MAX_EVALUATIONS)
     recipe = changed(plan.recipe, {"train": {"epochs": epochs, "evaluate_every": every}})
     return replace(plan, reason=reason, recipe=recipe)
 

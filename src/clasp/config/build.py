@@ -315,6 +315,14 @@ def class_pairs_of_recipe(recipe: Recipe, model: DualEncoder) -> WeightedClassPa
     return found
 
 
+class CacheFolders(NamedTuple):
+    """Folders of features: ``usual``, where it is another than that of all runs, and that of towers that were tuned and
+    are frozen now."""
+
+    usual: Path | None = None
+    tuned: Path | None = None
+
+
 def build_feature_source(
     parts: ModelAndPreprocessing,
     recipe: Recipe,
@@ -323,12 +331,14 @@ def build_feature_source(
     bar: ProgressFactory = no_progress_bar,
     say: MessageCallback = lambda line: None,
     report: Callable[[Iterable[SkippedSample]], None] = log_skipped,
-    cache: Path | None = None,
+    folders: CacheFolders | None = None,
 ) -> FeatureSource:
-    """The ``FeatureSource`` of a model built from a recipe; ``precision``: another than the recipe's, ``cache``:
-    another folder for features than the usual."""
+    """The ``FeatureSource`` of a model built from a recipe; ``precision``: another than the recipe's, ``folders``: of
+    features, where they are not cached as usual."""
+    usual, tuned = folders or CacheFolders()
     settings = FeatureSettings(
-        cache=CachePolicy(cache or cache_folder(), recipe.data.feature_cache),
+        cache=CachePolicy(usual or cache_folder(), recipe.data.feature_cache),
+        tuned=CachePolicy(tuned, recipe.data.feature_cache) if tuned else None,
         workers=recipe.train.workers,
         cached_augmentations=recipe.data.cached_augmentations,
         seed=recipe.train.seed,

@@ -117,6 +117,13 @@ class DualEncoder(nn.Module):
         self.selection = frozenset(first.get(name, name) for name in names)
         freeze_except(self, self.selection)
 
+    def freeze(self) -> None:
+        """Freeze all; a tower that trained ``was_tuned``: its features are not those of its base weights."""
+        towers = (self.image, self.text)
+        for tower in towers:  # both before either is frozen: they may share parameters
+            tower.was_tuned = tower.was_tuned or not tower.fully_frozen
+        self.requires_grad_(False)
+
     @property
     def shared_parameter_names(self) -> set[str]:
         """First names of the parameters that the two towers share; not those tied within one tower, as in T5."""

@@ -25,6 +25,8 @@ class FeatureSettings:
     """Where features are cached, and how images are read."""
 
     cache: CachePolicy
+    tuned: CachePolicy | None = None
+    """The cache of towers that were tuned and are frozen now, whose base weights do not tell their features apart"""
     workers: int = 0
     """Worker processes that read and decode images; 0: the main process."""
     cached_augmentations: int = 0
@@ -35,6 +37,10 @@ class FeatureSettings:
     """Fraction of the images that may be unreadable before an error is raised."""
     precision: PrecisionChoice = _FLOAT32
     """That of the device or the recipe, from which ``frozen_precision`` derives that of each tower."""
+
+    def cache_of(self, tower: Tower) -> CachePolicy:
+        """The cache of the pooled features of a tower, or of its states."""
+        return self.cache if self.tuned is None or not tower.was_tuned else self.tuned
 
     def tower_precision(self, tower: Tower) -> Precision:
         """What the frozen part of ``tower`` computes in."""

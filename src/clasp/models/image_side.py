@@ -64,7 +64,7 @@ class ImageSide:
         request = self.request(pairs, augment)
         if request is None:
             return None
-        policy, name = self._settings.cache, self._tower.name
+        policy, name = self._settings.cache_of(self._tower), self._tower.name
         storage = choose_storage(request, policy, name, self._callbacks.notify)
         if storage is None:
             return None

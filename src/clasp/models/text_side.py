@@ -41,7 +41,7 @@ class TextSide:
         self, tower: Tower, tokenizer: Tokenizer, settings: FeatureSettings, callbacks: FeatureCallbacks
     ) -> None:
         self.tokenizer = tokenizer
-        precision, policy = settings.tower_precision(tower), settings.cache
+        precision, policy = settings.tower_precision(tower), settings.cache_of(tower)
         self.frozen_part = find_frozen_part(tower, 0, precision) if policy.mode != "off" else None
         self._tower, self._settings, self._policy, self._callbacks = tower, settings, policy, callbacks
         self._first: TextFeatureRequest | None = None

@@ -4,8 +4,8 @@ Input: a ``Backbone`` (a foreign module with its preprocessing) and a few settin
 ``forward -> hidden states [B N D]`` and ``pooled -> [B Dp]``; both also resume from ``HiddenStates``, the output of the
 frozen prefix. Note: a tower is in evaluation mode in training, too, unless ``dropout`` is set, and running statistics
 of BatchNorm are fixed, so that a frozen tower is deterministic. They are updated where the net is randomly initialised
-and the norm trains: they are then in ``moving`` and are saved with the trained parameters. A long class: hidden states,
-resuming and pooling all read one structure of the net.
+and the norm trains: they are then in ``moving`` and are saved with the trained parameters. ``was_tuned``: it trained
+before it was frozen as a whole. A long class: hidden states, resuming and pooling all read one structure of the net.
 """
 
 from __future__ import annotations
@@ -110,6 +110,7 @@ class Tower(nn.Module):
         self.new_parameters = backbone.new_parameters
         self._read_classifier = backbone.classifier if layer is None else None
         self.tunings: tuple[TuningSpec, ...] = ()
+        self.was_tuned = False
         self.dropout = dropout
         self.patch_dropout: PatchDropout | None = None
         self._structure = find_structure(self.net)

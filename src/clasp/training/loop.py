@@ -260,10 +260,14 @@ class _Session:
 def count_evaluations(settings: TrainSettings) -> int:
     """Evaluations in a run: before the first step, at the ends of epochs that are due, at the end of the last."""
     assert settings.epochs != "auto", "resolve the settings with plan_training first"
+    if settings.evaluate_every == "end":
+        return 1
     return 1 + -(-settings.epochs // max(1, _eval_interval(settings.evaluate_every, settings.epochs)))
 
 
-def _eval_interval(evaluate_every: int | Literal["auto"], epochs: int) -> int:
+def _eval_interval(evaluate_every: int | Literal["auto", "end"], epochs: int) -> int:
+    if evaluate_every == "end":
+        return max(1, epochs)
     return -(-epochs // _EVALUATIONS_PER_RUN) if evaluate_every == "auto" else evaluate_every
 
 
@@ -283,6 +287,7 @@ class BestCheckpoint:
         assert evaluate is None or primary or settings.select == "last", "which metric decides?"
         self.stepper, self.logger, self.evaluate, self.primary = stepper, logger, evaluate, primary
         self.keep, self.epochs, self.best = settings.select, epochs, best
+        self._at_start = settings.evaluate_every != "end" or epochs == 0
         self.eval_interval_epochs = _eval_interval(settings.evaluate_every, epochs)
         self.metrics: Mapping[str, float] = {}
         self.evaluation: int | None = None
@@ -290,7 +295,7 @@ class BestCheckpoint:
 
     def evaluate_initial(self, at: TrainPosition) -> None:
         """Evaluate before the first step: a baseline, or already the best for heads initialised in closed form."""
-        if self.evaluate is not None:
+        if self.evaluate is not None and self._at_start:
             self._evaluate("start", at, 0)
 
     def evaluate_epoch(self, at: TrainPosition) -> None:

@@ -109,8 +109,9 @@ class TrainSettings(BaseModel):
     Encoding in bfloat16 on a CPU takes plain products in packaged towers, whatever is set."""
     seed: int = Field(default=0, ge=0, lt=2**62)
     """Random seed of pair order, caption sampling, augmentation, dropout and noise."""
-    evaluate_every: Annotated[int, Field(gt=0)] | _Auto = "auto"
-    """Epochs between evaluations; the last epoch always ends with one. "auto": about ten in a run."""
+    evaluate_every: Annotated[int, Field(gt=0)] | Literal["auto", "end"] = "auto"
+    """Epochs between evaluations, the first one before any step; the last epoch always ends with one. "auto": about ten
+    in a run. "end": that one alone."""
     select: Literal["best", "last"] = "best"
     """Final weights: those of the best evaluation, or of the last step."""
     log_every: int = Field(default=10, gt=0)

@@ -6,6 +6,7 @@ Input: a feature source and both sides of training batches. Output: ``FrozenFlop
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 
@@ -43,10 +44,17 @@ def count_frozen_flops(inputs: FeatureSource, sides: BatchReader, texts: Sequenc
 
 def _frozen_flops_of(part: FrozenTower | FrozenPrefix, samples: Sequence[Pixels | Tokens], one: str) -> FrozenFlops:
     device = next(part.tower.parameters()).device
-    with torch.inference_mode():
-        flops = count_flops(lambda: [_forward_frozen(part, to_device(sample, device)) for sample in samples])
+    of_shape: dict[torch.Size, int] = {}  # captions without padding: those of one length take as many
+    total = 0
+    for sample in samples:
+        shape = sample.values.shape if isinstance(sample, Pixels) else sample.ids.shape
+        if shape not in of_shape:
+            moved = to_device(sample, device)
+            with torch.inference_mode():
+                of_shape[shape] = count_flops(partial(_forward_frozen, part, moved)).forward
+        total += of_shape[shape]
     which = "all" if isinstance(part, FrozenTower) else f"blocks 1 to {part.depth}"
-    return FrozenFlops(round(flops.forward / len(samples)), f"{which} of {part.tower.name}, once for {one}")
+    return FrozenFlops(round(total / len(samples)), f"{which} of {part.tower.name}, once for {one}")
 
 
 def _forward_frozen(part: FrozenTower | FrozenPrefix, sample: Pixels | Tokens) -> None:
