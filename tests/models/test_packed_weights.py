@@ -74,7 +74,9 @@ class _Factor(nn.Module):
 @pytest.mark.usefixtures("encoding")
 def test_a_factor_is_in_the_product_unless_something_watches(bias: bool) -> None:
     (layer,), factor = layers(1, bias=bias), _Factor(torch.linspace(-2, 2, 32))
-    called, packed = (scaled_product(layer, X, factor, factor.values) for _ in range(2))
+    packed, again = (scaled_product(layer, X, factor, factor.values) for _ in range(2))
+    assert torch.equal(packed, again), "a first batch has the bits of later ones"
+    called = factor(layer(X))
     assert called.dtype == torch.float32 and packed.dtype == torch.bfloat16
     torch.testing.assert_close(packed.float(), called, rtol=0.02, atol=0.02)
     with torch.autocast("cpu", enabled=False):

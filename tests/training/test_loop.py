@@ -521,6 +521,21 @@ def test_clipping_shortens_long_gradients_only() -> None:
     assert same(trained("none"), trained(1e6)) and not same(trained("none"), trained(0.1))
 
 
+def test_every_gradient_longer_than_the_limit_is_clipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    def norms(clip_norm: float | str) -> list[float]:
+        lines = run(SETTINGS.model_copy(update={"clip_norm": clip_norm, "log_every": 1}))[2]
+        return [line["gradient_norm"] for line in lines if line["event"] == "step"]
+
+    clip, clipped = torch.nn.utils.clip_grads_with_norm_, []
+    monkeypatch.setattr(
+        torch.nn.utils, "clip_grads_with_norm_", lambda *given: [clip(*given), clipped.append(float(given[2]))]
+    )
+    limit = sorted(norms("none"))[4]
+    assert not clipped
+    found = norms(limit)
+    assert set(clipped) >= {norm for norm in found if norm > limit} and 0 < len(clipped) < len(found)
+
+
 def test_bfloat16_reaches_the_layers_and_not_the_weights_or_the_loss() -> None:
     seen: list[torch.dtype] = []
     model = Toy()

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from clasp.models.head_settings import HeadSettings
 from clasp.models.standardize import Standardize
@@ -99,7 +100,7 @@ class ProjectionHead(nn.Module):
 
 
 def to_unit_length(x: Float[Tensor, "B E"]) -> Float[Tensor, "B E"]:
-    """L2-normalised rows in at least float32, as ``F.normalize``; of rows in half precision the gradient is that of
+    """L2-normalised rows in float32, as ``F.normalize``; of rows in half precision the gradient is that of
     autograd within rounding, in four passes in place of ten."""
     if x.dtype in (torch.bfloat16, torch.float16) and x.requires_grad and torch.is_grad_enabled():
         return _UnitLength.apply(x)  # pyright: ignore[reportReturnType]
@@ -119,7 +120,8 @@ class _UnitLength(torch.autograd.Function):
         return unit
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:  # type: ignore[override]
         unit, length = ctx.saved_tensors
         along = (unit * gradients[0]).sum(-1, keepdim=True)
         return torch.addcmul(gradients[0], unit, along, value=-1).div_(length).to(ctx.dtype)

@@ -4,7 +4,7 @@ Input: a context around passes in inference mode under autocast on a CPU. Output
 that are cast and laid out once. Note: autocast casts a frozen weight anew at every use, and oneDNN lays it out anew in
 every product. A context keeps its own until its end and no longer, so that nothing outlives a change of the weights,
 which must not change inside. A layer is packed when it is used again: for a single pass it would not pay. Where several
-passes are announced it is packed at once.
+passes are announced it is packed at once, and so is a layer with a factor: the first batch has the bits of later ones.
 """
 
 from __future__ import annotations
@@ -59,7 +59,8 @@ def packed_products(
     if packed is None or not (torch.is_inference_mode_enabled() and _computes_in_bfloat16()):
         return None
     plain = [layer for layer in layers if _is_plain(layer)]
-    if len(plain) < len(layers) or not (key in packed or packed.at_once):
+    used = factor is not None or key in packed or packed.at_once  # a factor rounds: alike in every batch
+    if len(plain) < len(layers) or not used:
         packed[key] = None
         return None
     found = packed.get(key)

@@ -57,7 +57,7 @@ def plain_products(
     factor: float = q.shape[-1] ** -0.5 if scale is None else scale
     if q.dtype == torch.bfloat16 and q.shape[:-2] == k.shape[:-2]:
         rows, keys = (each.reshape(-1, *each.shape[-2:]) for each in (q, k))
-        logits = _scaled_logits(rows, keys, factor).view(*q.shape[:-1], -1)
+        logits = _scaled_logits(rows, keys, factor).view(*q.shape[:-1], k.shape[-2])
     else:
         logits = (q * factor) @ k.transpose(-2, -1)
     if causal:
@@ -89,11 +89,11 @@ class _Products(torch.autograd.Function):
         rows, keys, values = (each.reshape(-1, *each.shape[-2:]) for each in (q, k, v))
         logits = _scaled_logits(rows, keys, scale)
         if addend is not None:
-            logits = logits.view(*q.shape[:-1], -1).add_(addend).view_as(logits)
+            logits = logits.view(*q.shape[:-1], k.shape[-2]).add_(addend).view_as(logits)
         weights = torch.softmax(logits, -1)
         ctx.save_for_backward(rows, keys, values, weights)
         ctx.scale, ctx.shapes = scale, (q.shape, k.shape, v.shape)
-        return torch.bmm(weights, values).view(*q.shape[:-1], -1)
+        return torch.bmm(weights, values).view(*q.shape[:-1], v.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:

@@ -153,8 +153,8 @@ class Stepper:
         optim.set_lr(self.optimizer, lr)
         with around_gradient or nullcontext():
             measured = self.backward(batch, number)
-        self.processes.sum_gradients(list(self.weights.values()))
         weights = list(self.weights.values())
+        self.processes.sum_gradients(weights)
         norm = torch.nn.utils.get_total_norm([weight.grad for weight in weights if weight.grad is not None])
         # the only synchronisation with the GPU in a step
         loss, scale, gradient_norm = torch.stack([measured.loss, measured.scale, norm.float()]).tolist()

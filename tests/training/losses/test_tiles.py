@@ -206,8 +206,10 @@ def test_a_batch_of_32768_takes_a_twentieth_of_the_memory(name, monkeypatch):
     assert tiled < 4 * (10 * rows * width + 3 * tiles.TILE_SIZE_CPU**2 + 100 * rows)
 
 
+@pytest.mark.parametrize("tile", [5, 1024])
 @pytest.mark.parametrize("name", LOSSES)
-def test_nothing_that_is_kept_for_backward_is_larger_than_the_embeddings(name):
+def test_nothing_that_is_kept_for_backward_is_larger_than_the_embeddings(name, tile, monkeypatch):
+    monkeypatch.setattr(tiles, "TILE_SIZE_CPU", tile)
     leaves, groups = example(200)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):

@@ -3,8 +3,9 @@
 Input: pixels of any multiple of the patch size. Output: hidden states, the class token first. Note: output and
 gradients are bitwise those of ``transformers``' ``Dinov2Model`` without mask token, so a delta or a weight hash fits
 either; under autocast the gradients differ within rounding, since queries, keys and values share one cast of their
-input. Unlike ``ImageTransformer``, which also runs a converted DINOv2, it keeps the three apart and its position
-embedding at the size of the checkpoint, interpolated at each pass.
+input, and so does the output in inference in bfloat16, where packed weights contain the layer scale. Unlike
+``ImageTransformer``, which also runs a converted DINOv2, it keeps the three apart and its position embedding at the
+size of the checkpoint, interpolated at each pass.
 """
 
 from __future__ import annotations
@@ -124,14 +125,16 @@ class _Block(nn.Module):
         return add_to(_scaled(self.mlp, self.layer_scale2, self.norm2(states)), states)
 
 
-def _scaled(branch: nn.Module, scale: nn.Module, *inputs: Any) -> Float[Tensor, "B M D"]:
+def _scaled(
+    branch: nn.Module, scale: nn.Module, states: Float[Tensor, "B N D"], *options: Any
+) -> Float[Tensor, "B M D"]:
     """The output of a branch times the layer scale; by the branch itself in inference mode, which may have its last
     product do it, unless something watches its output."""
     ours = isinstance(branch, _Attention | _FeedForward) and "forward" not in vars(branch)
     watched = branch._forward_hooks or branch._forward_pre_hooks
     if ours and torch.is_inference_mode_enabled() and not watched:
-        return branch(*inputs, scale=scale)
-    return scale(branch(*inputs))
+        return branch(states, *options, scale=scale)
+    return scale(branch(states, *options))
 
 
 class _Attention(nn.Module):

@@ -1,11 +1,11 @@
 """Contrastive losses: InfoNCE and the pairwise sigmoid loss, over the embeddings of a batch.
 
 One signature (``clasp.types.Loss``); ``LOSSES`` has a row for each. ``scale`` is the logit scale, the exponential of
-the learned log scale. Note: the B x B logits are never materialised. They are computed in tiles, once forward and once
-more backward, so memory is O(B tile) for a third more arithmetic; InfoNCE of one tile computes them once. A row may
-have several positives, given by ``groups``; and logits are at least float32 whatever the autocast state, because a
-bfloat16 logit of 100 has a resolution of half a unit. A batch on several processes is gathered before
-(``training.batch_parts``).
+the learned log scale. Note: the B x B logits of a large batch are never materialised. They are computed in tiles, once
+forward and once more backward, so memory is O(B tile) for a third more arithmetic; InfoNCE of a batch of one tile, up
+to twice the width of the embeddings, computes them once and keeps three matrices of their size. A row may have several
+positives, given by ``groups``; and logits are at least float32 whatever the autocast state, because a bfloat16 logit of
+100 has a resolution of half a unit. A batch on several processes is gathered before (``training.batch_parts``).
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ def info_nce(
     """
     with torch.autocast(image.device.type, enabled=False):
         image, text = _at_least_float32(image, text)
-        function = _InfoNCEOfOneTile if len(image) <= tile_size(image.device) else _InfoNCE
+        one_tile = 0 < len(image) <= min(tile_size(image.device), 2 * image.shape[1])  # so keeps O(B E)
+        function = _InfoNCEOfOneTile if one_tile else _InfoNCE
         parts = function.apply(scale * image, text, _batch_group_ids(groups, text))
     if bias is not None:  # its gradient is zero, not missing
         parts = [part + 0 * bias for part in parts]
