@@ -59,6 +59,7 @@ def evaluate_embeddings(
         (folder / f"{name}.json").write_text(json.dumps(list(table)))
     stored, entry = EmbeddingFolder(folder), find_task(task)
     context = TaskContext(
+        name="stored",
         load=lambda: LoadedModel(StoredEncoder(stored, "stored"), stored),
         pairs=Pairs("zoo", [list(pairs)]),
         open_pairs=lambda source: Pairs(source, [list(fit)]),

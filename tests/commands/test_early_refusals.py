@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import csv
+import errno
+import os
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -13,7 +17,9 @@ from clasp.commands.analyze import analyze_run
 from clasp.commands.auto import AutoCallbacks, climb
 from clasp.commands.compare import compare_models
 from clasp.commands.evaluate import evaluate_run
+from clasp.commands.evaluate_suite import evaluate_suite
 from clasp.commands.evaluated_model import ModelSource
+from clasp.commands.pair import rank_tower_pairs
 from clasp.commands.patch_maps import map_patches
 from clasp.commands.search_model import open_images
 from clasp.commands.train import train_recipe
@@ -61,8 +67,8 @@ def evaluated(monkeypatch: pytest.MonkeyPatch) -> None:
     def find(model: str | Path) -> ModelSource:
         return ModelSource(str(model), DataSettings(), load)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("clasp.commands.evaluate.find_model", find)
-    monkeypatch.setattr("clasp.commands.compare.find_model", find)
+    for verb in ("evaluate", "compare", "evaluate_suite"):
+        monkeypatch.setattr(f"clasp.commands.{verb}.find_model", find)
 
 
 def options(task: str, data: Path) -> list[str]:
@@ -107,13 +113,13 @@ def test_images_that_are_all_missing_are_refused_by_every_task(verb: str, task: 
     with pytest.raises(UserError) as error:
         VERBS[verb](task, options(task, moved), tmp_path / "out")
     assert str(error.value) == (
-        f"{moved}: none of its 600 images is there; the first would be {tmp_path}/photos/0.jpg; "
-        "name the folder that relative paths start from: image_root=FOLDER"
+        f"{moved}: none of its 600 images can be found; name the folder that relative paths start from: "
+        f"image_root=FOLDER; {tmp_path}/photos/0.jpg cannot be read: No such file or directory"
     )
 
 
 def toy_recipe(data: Path, **sections: object) -> Recipe:
-    towers = {"image": {"tower": "file:none"}, "text": {"tower": "file:none"}}
+    towers = {"image": {"tower": "file:image"}, "text": {"tower": "file:text"}}
     return recipe_from_dict({**towers, "data": {"train": str(data)}, **sections}, "toy")
 
 
@@ -123,6 +129,24 @@ def train(data: Path, run: Path) -> object:
 
 def train_auto(data: Path, run: Path) -> object:
     return climb(toy_recipe(data, auto={"minutes": 1}), run, AutoCallbacks(say=lambda line: None))
+
+
+def rank_pair(data: Path, run: Path) -> object:
+    return rank_tower_pairs(["file:image"], ["file:text"], [f"data.train={data}"])
+
+
+@pytest.fixture
+def unbuilt(towers: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Towers are there, and fail the test where these are loaded."""
+
+    def load(*given: object) -> None:
+        pytest.fail("the towers were loaded")
+
+    monkeypatch.chdir(towers)
+    for place in ("auto_closed_forms.build_model", "train.build_model"):
+        monkeypatch.setattr(f"clasp.commands.{place}_and_preprocessing", load)
+    for tower in ("image", "text"):
+        monkeypatch.setattr(f"clasp.commands.pair.build_{tower}_tower", load)
 
 
 def with_run(verb: Callable[[Path, list[str]], object]) -> Callable[[Path, Path], object]:
@@ -145,11 +169,13 @@ def index(data: Path, run: Path) -> object:
     return open_images(run, str(data))
 
 
+@pytest.mark.usefixtures("unbuilt")
 @pytest.mark.parametrize(
     ("verb", "hint"),
     [
         pytest.param(train, "name the folder that relative paths start from: data.image_root=FOLDER", id="train"),
         pytest.param(train_auto, "name the folder that relative paths start from: data.image_root=FOLDER", id="auto"),
+        pytest.param(rank_pair, "name the folder that relative paths start from: data.image_root=FOLDER", id="pair"),
         pytest.param(with_run(analyze_run), "start from: image_root=FOLDER", id="analyze"),
         pytest.param(with_run(map_patches), "start from: image_root=FOLDER", id="maps"),
         pytest.param(index, "index the folder of the images", id="index"),
@@ -158,7 +184,8 @@ def index(data: Path, run: Path) -> object:
 def test_images_that_are_all_missing_are_refused_by_every_verb(
     verb: Callable[[Path, Path], object], hint: str, moved: Path, tmp_path: Path
 ):
-    with pytest.raises(UserError, match=f"^{moved}: none of its .* images is there; .*{hint}$"):
+    first = f"{tmp_path}/photos/0.jpg cannot be read"
+    with pytest.raises(UserError, match=f"^{moved}: none of its .* images can be found; .*{hint}; {first}"):
         verb(moved, tmp_path / "run")
 
 
@@ -175,6 +202,50 @@ def test_equal_captions_are_refused(verb: str, task: str, titles: list[str], sai
     table = write_images_and_table(tmp_path, titles)
     with pytest.raises(UserError, match=said):
         VERBS[verb](task, options(task, table), tmp_path / "out")
+
+
+@pytest.mark.usefixtures("evaluated")
+def test_a_suite_names_every_set_that_is_refused(captions: Path, tmp_path: Path):
+    (tmp_path / "equal").mkdir()
+    write_images_and_table(tmp_path / "equal", ["x"] * 4)
+    suite = tmp_path / "mine.toml"
+    suite.write_text(
+        '[[set]]\nname = "equal"\ntask = "retrieval"\nfolder = "equal/images.csv"\n'
+        f'[[set]]\nname = "bare"\ntask = "zeroshot"\nfolder = "{captions.name}"\n'
+    )
+    with pytest.raises(UserError, match=r"^equal: every caption of .* is 'x', .*; bare: .*label= one of: year"):
+        evaluate_suite("a", str(suite), tmp_path, out=tmp_path / "out")
+
+
+@pytest.mark.usefixtures("unbuilt")
+@pytest.mark.parametrize("verb", [train, train_auto, rank_pair])
+def test_equal_captions_are_not_trained_on(verb: Callable[[Path, Path], object], tmp_path: Path):
+    table = write_images_and_table(tmp_path, ["x"] * 24)
+    with pytest.raises(UserError, match=r"^every caption to train on is 'x', .* apart; data\.columns\.caption= names"):
+        verb(table, tmp_path / "run")
+
+
+def test_images_in_a_folder_that_may_not_be_entered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    table = write_images_and_table(tmp_path, ["x", "y", "z"])
+
+    def refuse(path: str) -> str:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+
+    monkeypatch.setattr("clasp.data.formats.sources._on_disk", refuse)  # root may enter every folder
+    with pytest.raises(UserError, match=r"can be found; .*; .*0\.png cannot be read: Permission denied$"):
+        train(table, tmp_path / "run")
+
+
+@pytest.mark.usefixtures("evaluated")
+def test_one_image_may_have_several_hard_negatives(tmp_path: Path):
+    """Captions are compared with negatives of their own, so that the images may all be the same."""
+    write_images_and_table(tmp_path, ["x", "y"])
+    image = (tmp_path / "0.png").read_bytes()
+    cells = {"image": [{"bytes": image}] * 2, "caption": ["a cat", "a cat on a mat"], "negative_caption": ["b", "c"]}
+    pq.write_table(pa.table(cells), tmp_path / "pairs.parquet")
+    for verb in VERBS.values():
+        with pytest.raises(pytest.fail.Exception, match="the towers were loaded"):
+            verb("sugarcrepe", [f"data={tmp_path / 'pairs.parquet'}"], tmp_path / "out")
 
 
 @pytest.mark.usefixtures("evaluated")

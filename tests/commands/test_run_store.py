@@ -81,6 +81,10 @@ def test_from_flat_to_edge_and_back(trained: Path, edge: object):
         same.add(["copy"], store.vectors([name]), [meta])
     assert store.count() == 21 and store.delete(["copy"]) == 1
     store.close()
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        write_record(folder, ServerRecord(f"http://127.0.0.1:{listening.getsockname()[1]}", os.getpid(), "key"))
+        with pytest.raises(UserError, match=r"is served at .*; stop that server"):  # of the source too
+            copy_index(folder, "flat")
 
     assert copy_index(folder, "flat").source == "edge"
     assert recorded_store(folder) == "flat" and not (folder / "index-edge").exists()

@@ -574,7 +574,7 @@ def test_languages_choose_captions_and_are_reported(towers: Path, tmp_path: Path
     assert "| sw |" in (tmp_path / "run" / "README.md").read_text()
     one = run(recipe(towers, source, "data.languages=['sw']"), tmp_path / "sw")
     assert {row.task.partition("/")[0] for row in one.results} == {"retrieval"}
-    train, val = datasets.open_training_pairs(recipe(towers, source, "data.languages=['de']", f"data.val={source}"))
+    train, val = datasets.open_all_pairs(recipe(towers, source, "data.languages=['de']", f"data.val={source}"))
     assert len(train) == len(val) == 1
     with pytest.raises(
         UserError, match=r"zero pairs: no caption of .*pairs.jsonl is in zu.* captions are in de, en, sw"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from itertools import cycle
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from tokenizers import models, pre_tokenizers
 
 from clasp.commands.auto import climb
 from clasp.commands.auto_stages import AutoCallbacks
+from clasp.commands.compare import compare_models
 from clasp.commands.doctor import diagnose
 from clasp.commands.evaluate import evaluate_run
 from clasp.config.recipe import recipe_from_dict
@@ -20,7 +22,7 @@ from clasp.data.distinct_captions import indistinct_captions
 from clasp.data.tokenizer import Tokenizer
 from clasp.types import UserError
 from toydata import toys, write_images
-from toyruns import recipe, run
+from toyruns import lines, recipe, run
 
 TOYS = toys(24)
 
@@ -78,7 +80,19 @@ def test_an_evaluation_says_where_the_text_tower_reads_texts_alike(towers: Path,
     data, said = captioned(tmp_path / "unknown", ["Hund", "Katze"]), list[str]()
     evaluate_run(tmp_path / "run", "retrieval", [f"data={data}"], say=said.append)
     (line,) = (line for line in said if "cannot tell apart" in line)
-    assert line.startswith("warning: the text tower cannot tell apart the 2 different texts to evaluate on, such as ")
+    words = "the text tower cannot tell apart the 2 different texts to evaluate on, such as "
+    assert line.startswith(f"warning: {tmp_path / 'run'}: {words}") and line.endswith("results on them are near chance")
+
+    shutil.copytree(tmp_path / "run", tmp_path / "other")
+    rows = [{**row, "class": name} for row, name in zip(lines(data), cycle(("Hund", "Katze")), strict=False)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prompts = [f"data={data}", 'templates=["a photo of a {}.", "a red {}."]']  # of two templates, no two are alike
+    said.clear()
+    corruptions = "corruptions=contrast,brightness"
+    evaluate_run(tmp_path / "run", "robustness", [*prompts, corruptions], out=tmp_path / "out", say=said.append)
+    compare_models((tmp_path / "run", tmp_path / "other"), "zeroshot", prompts, say=said.append)
+    warned = [line.partition(": the text")[0] for line in said if "cannot tell apart" in line]
+    assert warned == [f"warning: {tmp_path / name}" for name in ("run", "run", "other")], "once a model"
 
 
 BYTES = {symbol: number for number, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}

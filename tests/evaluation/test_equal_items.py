@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from clasp.evaluation.equal_items import equal_caption_lines, like_class_name_lines
+from clasp.evaluation.equal_items import equal_caption_lines, like_class_name_lines, require_different_images
 from clasp.types import Caption, Pair, UserError
 from toyembeddings import Unread
 
@@ -18,25 +20,75 @@ def pairs_of(*captions: tuple[str, str, str]) -> list[Pair]:
 
 
 @pytest.mark.parametrize(
-    ("captions", "said"),
+    ("captions", "languages", "said"),
     [
-        ([("a", "a cat", ""), ("b", "a dog", "")], []),
-        ([("a", "a cat", ""), ("a", "a cat", "")], []),
-        ([("a", "taxi", "en"), ("b", "taxi", "de"), ("b", "cab", "en")], []),
+        ([("a", "a cat", ""), ("b", "a dog", "")], None, []),
+        ([("a", "a cat", ""), ("a", "a cat", "")], None, []),
+        ([("a", "taxi", "en"), ("b", "taxi", "de"), ("b", "cab", "en")], {"en", "de"}, []),
+        ([("a", "cat", "en"), ("b", "dog", "en"), ("a", "x", "de"), ("b", "x", "de")], {"en"}, []),
+        (
+            [("a", "taxi", "en"), ("b", "taxi", "de"), ("b", "cab", "en")],
+            None,
+            ["warning: 1 of the 2 different captions of zoo are those of several images, such as 'taxi' (2)"],
+        ),
         (
             [("a", "a cat", ""), ("b", "a cat", ""), ("c", "a cat", ""), ("d", "a dog", "")],
+            None,
             ["warning: 1 of the 2 different captions of zoo are those of several images, such as 'a cat' (3)"],
         ),
     ],
 )
-def test_captions_of_several_images_are_said(captions: list[tuple[str, str, str]], said: list[str]):
-    lines = list(equal_caption_lines(pairs_of(*captions), "zoo"))
+def test_captions_of_several_images_are_said(
+    captions: list[tuple[str, str, str]], languages: set[str] | None, said: list[str]
+):
+    lines = list(equal_caption_lines(pairs_of(*captions), "zoo", languages))
     assert [line.partition(";")[0] for line in lines] == said
 
 
-def test_captions_that_are_all_equal_are_refused():
-    with pytest.raises(UserError, match=r"^every caption of zoo is 'a cat', so nothing tells .*; caption="):
-        list(equal_caption_lines(pairs_of(("a", "a cat", ""), ("b", "a cat", "")), "zoo"))
+@pytest.mark.parametrize(
+    ("others", "languages", "which"),
+    [([], None, "of zoo"), ([("a", "cat", "en"), ("b", "dog", "en")], ["en", "de"], "of zoo in de")],
+)
+def test_captions_that_are_all_equal_are_refused(
+    others: list[tuple[str, str, str]], languages: list[str] | None, which: str
+):
+    pairs = pairs_of(("a", "x", "de"), ("b", "x", "de"), *others)
+    with pytest.raises(UserError, match=rf"^every caption {which} is 'x', so nothing tells .*; caption="):
+        list(equal_caption_lines(pairs, "zoo", languages))
+
+
+def test_what_has_no_columns_is_given_no_hint_of_one(tmp_path: Path):
+    pairs = pairs_of(("a", "x", ""), ("b", "x", ""))
+    for source in (str(tmp_path), f"{tmp_path / 'shard.tar'}"):
+        with pytest.raises(UserError, match=r"so nothing tells the images apart$"):
+            list(equal_caption_lines(pairs, source))
+
+
+class Stored(Unread):
+    """An image that counts how often images are read."""
+
+    count = 0
+
+    def __init__(self, name: str, content: bytes):
+        super().__init__(name)
+        self.content = content
+
+    def read(self) -> bytes:
+        Stored.count += 1
+        return self.content
+
+
+def test_images_are_compared_until_one_differs():
+    def pairs(*groups: str) -> list[Pair]:
+        images = [Stored(str(number), b"other" if number == 2 else b"same") for number in range(len(groups))]
+        return [Pair(each.name, each, (), group, {}) for each, group in zip(images, groups, strict=True)]
+
+    Stored.count = 0
+    require_different_images(pairs("a", "b", "c", "d", "e"), "zoo")
+    assert Stored.count == 3, "nothing is read after the first that differs"
+    require_different_images(pairs("a", "a"), "zoo")
+    with pytest.raises(UserError, match=r"^every image of zoo is the same.*apart; image= names"):
+        require_different_images(pairs("a", "b"), "zoo")
 
 
 @pytest.mark.parametrize(

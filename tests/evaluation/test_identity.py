@@ -41,6 +41,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def context(task: str, options: list[str], pairs: Pairs = PAIRS, fit: Pairs = OTHERS) -> TaskContext:
     given = parse_task_options(task, EVALUATION_TASKS[task], ["data=zoo", *options])
     return TaskContext(
+        name="stored",
         load=lambda: LoadedModel(StoredEncoder(MODEL[0], "stored"), MODEL[0]),
         pairs=pairs,
         open_pairs=lambda name: fit,

@@ -118,7 +118,9 @@ def test_stale_and_damaged_records_are_ignored(tmp_path: Path):
     ended.wait()
     write_record(tmp_path, ServerRecord("http://127.0.0.1:1", ended.pid, "k"))
     assert read_record(tmp_path) is None
-    for text in ("", "[]", "{}", '{"address": 1}', json.dumps({"address": "x", "pid": "y", "key": "z"})):
+    numbered = {"address": "http://127.0.0.1:1", "pid": os.getpid(), "key": 5}
+    strange = ({"address": 1}, {"address": "x", "pid": "y", "key": "z"}, numbered)
+    for text in ("", "[]", "{}", *map(json.dumps, strange)):
         (tmp_path / "server.json").write_text(text)
         assert read_record(tmp_path) is None and ask_warm_server(tmp_path, "x", [], 1, []) is None
     (tmp_path / "server.json").write_text(json.dumps({"address": "file:///etc", "pid": os.getpid(), "key": "z"}))

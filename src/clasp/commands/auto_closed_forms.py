@@ -54,7 +54,7 @@ from clasp.config.build import CacheFolders, build_feature_source, build_model, 
 from clasp.config.datasets import TrainValPairs, limit_pairs
 from clasp.config.recipe import Recipe, recipe_from_dict
 from clasp.data.cache_folder import cache_folder
-from clasp.data.distinct_captions import require_distinct_captions
+from clasp.data.distinct_captions import require_different_captions, require_distinct_captions
 from clasp.data.readers import PairIndex
 from clasp.evaluation.from_pairs import validation_task
 from clasp.report.auto_table import AutoPlan, AutoRow
@@ -188,6 +188,7 @@ class ClosedFormStages:
         ``build_feature_source``."""
         train = limit_pairs(self.pairs[0], recipe.data.max_pairs)
         listing = PairIndex(train)
+        require_different_captions(listing.texts, train.name)
         parts = build_model_and_preprocessing(recipe, lambda: listing.texts)
         require_distinct_captions(listing.texts, parts.tokenizer)
         if recipe.train.init_from is not None:

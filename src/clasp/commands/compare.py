@@ -77,7 +77,7 @@ def compare_models(
     sources = [find_model(model) for model in models]
     for source in sources:
         require_task_applies(task, entry, source)
-    opened = [pair_opener(source, given)(given["data"]) for source in sources]  # before any model is loaded
+    opened = [pair_opener(source, entry, given)(given["data"]) for source in sources]  # before any model is loaded
     if str(models[0]) == str(models[1]):
         raise UserError(f"compare: {models[0]} is named twice; name another model to compare it with")
     (built, first), (_, second) = (
@@ -113,7 +113,7 @@ def _score(
     bar: ProgressFactory,
 ) -> tuple[EvaluationTask, list[ScoredQueries]]:
     assert entry.build is not None
-    context = make_context(source, lambda: source.load(bar), pairs, given, say, bar)
+    context = make_context(source, lambda: source.load(bar), pairs, entry, given, say, bar)
     task = entry.build(context)
     return task, task.scored(context.model)
 

@@ -59,8 +59,7 @@ def evaluate_run(
     source = find_model(model)
     require_task_applies(task, entry, source)
     folder = ResultFolder(source, out)
-    opener = pair_opener(source, given)
-    pairs = opener(given["data"])
+    pairs = pair_opener(source, entry, given)(given["data"])
 
     @cache
     def load() -> LoadedModel:
@@ -68,7 +67,7 @@ def evaluate_run(
         folder.require_fingerprint(loaded.encoder.fingerprint)
         return loaded
 
-    context = make_context(source, load, pairs, given, say, bar)
+    context = make_context(source, load, pairs, entry, given, say, bar)
     identity = identify(task, entry, context)
     queries = _score_queries(entry, context) if predictions else None
     results = entry.run(context) if queries is None else queries[0].finish(queries[1])
@@ -121,8 +120,9 @@ def require_task_applies(task: str, entry: TaskEntry, model: ModelSource) -> Non
         raise UserError(f"{task} evaluates the towers of a run folder, and {model.name} is none")
 
 
-def pair_opener(model: ModelSource, options: Mapping[str, str]) -> Callable[[str], Pairs]:
-    """Opens pairs by name, with the columns of the options; images that are all missing or all the same are refused."""
+def pair_opener(model: ModelSource, entry: TaskEntry, options: Mapping[str, str]) -> Callable[[str], Pairs]:
+    """Opens pairs by name, with the columns of the options. Raises ``UserError`` for images that are all missing, or
+    all the same where the task needs different ones."""
     columns = ColumnNames(image=options.get("image", ""), caption=options.get("caption", ""))
     root = options.get("image_root")
 
@@ -130,7 +130,8 @@ def pair_opener(model: ModelSource, options: Mapping[str, str]) -> Callable[[str
         pairs = open_pairs_for_settings(name, model.data, columns=columns, image_root=root, hints=OPTION_HINTS)
         if model.reads_images:
             require_images(OPTION_HINTS, pairs)
-            require_different_images(pairs, name)
+            if entry.needs_different_images:
+                require_different_images(pairs, name)
         return pairs
 
     return open_named
@@ -140,15 +141,17 @@ def make_context(
     source: ModelSource,
     load: Callable[[], LoadedModel],
     pairs: Pairs,
+    entry: TaskEntry,
     options: Mapping[str, str],
     say: MessageCallback,
     bar: ProgressFactory,
 ) -> TaskContext:
     """The arguments of a task; ``load``: the model of ``source``."""
     return TaskContext(
+        name=source.name,
         load=load,
         pairs=pairs,
-        open_pairs=pair_opener(source, options),
+        open_pairs=pair_opener(source, entry, options),
         options=options,
         run=source.trained,
         say=say,

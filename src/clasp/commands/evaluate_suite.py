@@ -3,13 +3,15 @@
 Input: a model, a suite, and the folder that has a folder for each data set. Output: a ``SuiteRow`` for each set;
 results are appended to ``results.jsonl`` and predictions kept, as ``clasp eval`` does for one, and the card of a run
 has the table of the suite. Note: sets that are missing are named before anything is computed, with where they are to be
-had, and left out; a set that is there and cannot be read is an error. The model is loaded once.
+had, and left out; a set that is there and cannot be read is an error. The model is loaded once, after the tasks that
+score single queries are made of all sets.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from clasp.commands.evaluate import make_context, pair_opener
@@ -17,17 +19,19 @@ from clasp.commands.evaluated_model import ModelSource, find_model
 from clasp.commands.result_folder import ResultFolder
 from clasp.commands.saved_predictions import save_predictions
 from clasp.commands.training_overlap import training_overlap
-from clasp.data.pairs import Pairs
 from clasp.errors import counted
 from clasp.evaluation.identity import identify
 from clasp.evaluation.multilabel_task import read_class_lists
 from clasp.evaluation.registry import EVALUATION_TASKS, parse_task_options
 from clasp.evaluation.results import EvaluationResult
 from clasp.evaluation.suites import MTEB_TASKS, PROMPTED_TASKS, SuiteSet, find_suite
-from clasp.evaluation.task_context import TaskContext
+from clasp.evaluation.task_context import LoadedModel, TaskContext
+from clasp.evaluation.tasks import EvaluationTask
 from clasp.report.suite_table import suite_table
 from clasp.training.unfinished import unfinished_lines
 from clasp.types import MessageCallback, ProgressFactory, UserError, no_progress_bar
+
+_MadeTask = tuple[TaskContext, EvaluationTask | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,16 +80,21 @@ def evaluate_suite(
     source = find_model(model)
     results = ResultFolder(source, out)
     given = {each.name: _options(each, folder, templates) for each in there}
-    opened = _open_all(source, there, given)
-    loaded = source.load(bar)
-    results.require_fingerprint(loaded.encoder.fingerprint)
+
+    @cache
+    def load() -> LoadedModel:
+        loaded = source.load(bar)
+        results.require_fingerprint(loaded.encoder.fingerprint)
+        return loaded
+
+    made = _make_all(source, load, there, given, say, bar)
+    load()
+    opened = {name: context.pairs for name, (context, _) in made.items()}
     for line in (*unfinished_lines(source.run), *training_overlap(source.run, source.name, opened)):
         say(line)
     rows = {each.name: SuiteRow(each, None) for each in sets}
     for each in there:
-        options = given[each.name]
-        context = make_context(source, lambda: loaded, opened[each.name], options, say, bar)
-        result = _evaluate(each, context, results)
+        result = _evaluate(each, *made[each.name], results)
         rows[each.name] = SuiteRow(each, result)
         say(f"{each.name}: {each.metric} {result.metrics[each.metric]:.4g}, {result.seconds:,.0f} s")
     done = list(rows.values())
@@ -108,37 +117,44 @@ def _options(each: SuiteSet, folder: Path, templates: str | None) -> dict[str, s
     return parse_task_options(each.task, EVALUATION_TASKS[each.task], each.options(folder, templates))
 
 
-def _open_all(
-    source: ModelSource, sets: Sequence[SuiteSet], given: Mapping[str, Mapping[str, str]]
-) -> dict[str, Pairs]:
-    """The pairs of every set; one ``UserError`` with all that cannot be opened or have no list of classes where their
-    task needs one, pairs to fit on among them."""
-    opened, errors = {}, []
+def _make_all(
+    source: ModelSource,
+    load: Callable[[], LoadedModel],
+    sets: Sequence[SuiteSet],
+    given: Mapping[str, Mapping[str, str]],
+    say: MessageCallback,
+    bar: ProgressFactory,
+) -> dict[str, _MadeTask]:
+    """Every set opened, with its task where that scores single queries; one ``UserError`` with all that cannot be
+    evaluated: not opened, without the labels their task needs, pairs to fit on among them."""
+    made, errors = dict[str, _MadeTask](), []
     for each in sets:
-        options = given[each.name]
-        opener = pair_opener(source, options)
+        options, entry = given[each.name], EVALUATION_TASKS[each.task]
+        opener = pair_opener(source, entry, options)
         try:
             sides = {name: opener(name) for name in (options["data"], options.get("fit")) if name is not None}
             if each.task in ("multilabel", "multilabel_probe"):
                 for name, pairs in sides.items():
                     read_class_lists(pairs, options["label"], name)
-            opened[each.name] = sides[options["data"]]
+            context = make_context(source, load, sides[options["data"]], entry, options, say, bar)
+            made[each.name] = context, None if entry.build is None else entry.build(context)
         except UserError as error:
             errors.append(f"{each.name}: {error}")
     if errors:
         raise UserError("; ".join(errors))
-    return opened
+    return made
 
 
-def _evaluate(each: SuiteSet, context: TaskContext, folder: ResultFolder) -> EvaluationResult:
+def _evaluate(
+    each: SuiteSet, context: TaskContext, task: EvaluationTask | None, folder: ResultFolder
+) -> EvaluationResult:
     """The last result of the task, the mean over directions or languages where there are several; all are kept."""
     entry = EVALUATION_TASKS[each.task]
     identity = identify(each.task, entry, context)
-    if entry.build is None:
+    if task is None:
         results = identity.recorded_in(entry.run(context))
         folder.record(results, context.say)
     else:
-        task = entry.build(context)
         scored = task.scored(context.model)
         results = identity.recorded_in(task.finish(scored))
         folder.record(results, context.say)

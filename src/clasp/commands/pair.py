@@ -30,7 +30,7 @@ from clasp.config.build import (
 )
 from clasp.config.datasets import TrainValPairs, open_training_pairs
 from clasp.config.recipe import Recipe, read_recipe
-from clasp.data.distinct_captions import indistinct_captions
+from clasp.data.distinct_captions import indistinct_captions, require_different_captions
 from clasp.data.formats.setting_hints import RECIPE_HINTS, suggest_key
 from clasp.data.images import ImageTransform
 from clasp.data.loader import BadSampleLimit, BatchReader
@@ -81,6 +81,8 @@ def rank_tower_pairs(
     of_texts = {text: recipe for (_, text), recipe in recipes.items()}
     pairs = open_training_pairs(recipes[images[0], texts[0]])
     require_images(RECIPE_HINTS, *pairs)
+    index = PairIndex(pairs[0])
+    require_different_captions(index.texts, pairs[0].name)
     towers = _Towers(
         _load_each(of_images, build_image_tower, errors), _load_each(of_texts, build_text_tower, errors), {}
     )
@@ -91,7 +93,6 @@ def rank_tower_pairs(
     )
     for line in few_validation_pairs(pairs[1].group_count):
         say(line)
-    index = PairIndex(pairs[0])
     for name, (_, tokenizer) in towers.text.items():
         if reason := indistinct_captions(index.texts, tokenizer):
             errors.append(f"{name}: {reason}")

@@ -28,7 +28,7 @@ from clasp.config.build import (
 from clasp.config.datasets import open_all_pairs, select_training_pairs
 from clasp.config.recipe import Recipe
 from clasp.config.run_plan import plan_run
-from clasp.data.distinct_captions import require_distinct_captions
+from clasp.data.distinct_captions import require_different_captions, require_distinct_captions
 from clasp.data.folder_lock import lock_folder
 from clasp.data.formats.setting_hints import RECIPE_HINTS
 from clasp.data.missing_images import require_images
@@ -102,11 +102,11 @@ def train_recipe(
             train = select_training_pairs(recipe, (opened, val))
             require_validation(train, val)
             require_images(RECIPE_HINTS, train, val)
+            listing = PairIndex(train)
+            require_different_captions(listing.texts, train.name)
         _announce(skipped_lines(train, val), say)
-        parts = processes.in_turn(
-            lambda: loaded.parts or build_model_and_preprocessing(recipe, lambda: PairIndex(train).texts)
-        )
-        parts, listing = _prepare(parts, recipe, folder, state, processes), PairIndex(train)
+        parts = processes.in_turn(lambda: loaded.parts or build_model_and_preprocessing(recipe, lambda: listing.texts))
+        parts = _prepare(parts, recipe, folder, state, processes)
         with processes.alike():
             require_distinct_captions(listing.texts, parts.tokenizer)
         tracker = _open_trackers(tracker_classes, folder, state, processes, say)

@@ -29,6 +29,7 @@ from clasp.data.pairs import (
 from clasp.data.samples.emoji import SAMPLE_SCHEME, sample_file
 from clasp.data.shard_stage import ShardStage
 from clasp.errors import UserError, counted
+from clasp.training.settings import TOO_FEW_PAIRS
 
 TrainValPairs = tuple[Pairs, Pairs]  # training, validation
 _NAME_VAL = "name pairs to validate on with data.val=PAIRS"
@@ -88,7 +89,7 @@ def select_training_pairs(recipe: Recipe, opened: TrainValPairs) -> Pairs:
         why += f"{data.val_fraction:g}); give more pairs, or {_NAME_VAL}"
     else:
         why = f"there is no other in data.train = {data.train}; give more pairs"
-    raise UserError(f"training needs at least two pairs to tell apart, and has 1: {why}")
+    raise UserError(f"{TOO_FEW_PAIRS}, and there is 1: {why}")
 
 
 def limit_pairs(train: Pairs, max_pairs: int | None) -> Pairs:

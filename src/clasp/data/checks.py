@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from clasp.data.distinct_captions import indistinct_captions
+from clasp.data.distinct_captions import equal_captions, indistinct_captions
 from clasp.data.images import Augment, ImageTransform
 from clasp.data.loader import BadSampleLimit
 from clasp.data.pairs import Pairs, skipped_lines
@@ -120,7 +120,8 @@ def check_captions(
     facts |= {"most_frequent": listing.texts[top], "most_frequent_count": int(often[top])}
     facts |= {"tokens": {"p50": p50, "p95": p95, "max": longest}, "max_tokens": tokenizer.max_tokens, "cut_share": cut}
     report = CheckReport("captions", facts)
-    if reason := indistinct_captions(listing.texts, tokenizer):
+    source = listing.pairs.name if isinstance(listing.pairs, Pairs) else ""
+    if reason := equal_captions(listing.texts, source) or indistinct_captions(listing.texts, tokenizer):
         report.add_finding("stop", reason)
     different = f"{len(often):,} different ones to train on"
     if repeated:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from clasp.data.pairs import has_columns
 from clasp.data.tokenizer import Tokenizer
 from clasp.errors import UserError
 
@@ -20,14 +21,33 @@ _SHOWN_CHARACTERS = 60
 
 @dataclass(frozen=True, slots=True)
 class TextWords:
-    """In a reason: what the texts are, and what to do where the vocabulary of the text tower lacks their words."""
+    """In a reason: what the texts are, what follows, and what to do where the text tower does not know their words."""
 
     what: str
-    other_tower: str
+    consequence: str = ""
+    remedy: str = ""
 
 
-TRAINING = TextWords("captions to train on", "choose another text.tower, such as pip:multilingual-e5-small")
-EVALUATION = TextWords("texts to evaluate on", "results on them are near chance")
+TRAINING = TextWords("captions to train on", remedy="; choose another text.tower, such as pip:multilingual-e5-small")
+EVALUATION = TextWords("texts to evaluate on", consequence="; results on them are near chance")
+
+
+def require_different_captions(texts: Sequence[str], source: str) -> None:
+    """Raises ``UserError`` where ``equal_captions`` finds that all are one. Needs no tower."""
+    if reason := equal_captions(texts, source):
+        raise UserError(reason)
+
+
+def equal_captions(texts: Sequence[str], source: str) -> str:
+    """Why nothing can be learned where the captions to train on are one; empty where they are not. ``texts``: the
+    distinct captions; ``source``: their pairs, as given."""
+    return all_equal("to train on", texts[0], source, "data.columns.caption=") if len(texts) == 1 else ""
+
+
+def all_equal(which: str, text: str, source: str, setting: str) -> str:
+    """The reason that every caption is ``text``; ``setting`` names another column, where the source has columns."""
+    hint = f"; {setting} names the column of captions" if has_columns(source) else ""
+    return f"every caption {which} is {shown_text(text)}, so nothing tells the images apart{hint}"
 
 
 def require_distinct_captions(texts: Sequence[str], tokenizer: Tokenizer) -> None:
@@ -37,12 +57,10 @@ def require_distinct_captions(texts: Sequence[str], tokenizer: Tokenizer) -> Non
 
 
 def indistinct_captions(texts: Sequence[str], tokenizer: Tokenizer, words: TextWords = TRAINING) -> str:
-    """Why the text tower reads all captions alike; empty where it does not. ``texts``: the distinct captions."""
-    if len(texts) == 1:
-        return (
-            f"every caption to train on is {shown_text(texts[0])}, so nothing tells the images apart; "
-            "data.columns.caption names the column of captions"
-        )
+    """Why the text tower reads all captions alike; empty where it does not, or where there is one. ``texts``: the
+    distinct captions."""
+    if len(texts) < 2:
+        return ""
     rows = set[tuple[int, ...]]()
     for first in range(0, len(texts), _CAPTIONS_AT_ONCE):
         some = [texts[number] for number in range(first, min(first + _CAPTIONS_AT_ONCE, len(texts)))]
@@ -54,12 +72,13 @@ def indistinct_captions(texts: Sequence[str], tokenizer: Tokenizer, words: TextW
     if len(rows) > 1 and (len(known) > 1 or len({tuple(sorted(row)) for row in rows}) == 1):
         return ""  # the same tokens in another order, or another number of times
     every = f"the {len(texts):,} different {words.what}, such as {shown_text(texts[0])} and {shown_text(texts[1])}"
-    other = words.other_tower
+    beyond = f"unknown to its vocabulary{words.remedy}"
     if len(rows) > 1:
-        return f"the text tower cannot tell apart {every}: what differs in them is unknown to its vocabulary; {other}"
+        return f"the text tower cannot tell apart {every}: what differs in them is {beyond}{words.consequence}"
     settings = f"text.clean = {tokenizer.settings.clean!r} and text.max_tokens = {tokenizer.max_tokens}"
-    lacking = f", some of them unknown to its vocabulary; {other}" if unknown in next(iter(rows)) else ""
-    return f"the text tower cannot tell apart {every}: they are the same tokens with {settings}{lacking}"
+    lacking = f", some of them {beyond}" if unknown in next(iter(rows)) else ""
+    reason = f"they are the same tokens with {settings}{lacking}{words.consequence}"
+    return f"the text tower cannot tell apart {every}: {reason}"
 
 
 def shown_text(text: str) -> str:

@@ -226,6 +226,12 @@ def _relative_paths(folder: str, paths: list[str]) -> list[str]:
     return [Path(os.path.relpath(path, folder)).as_posix() for path in paths]
 
 
+def has_columns(source: str) -> bool:
+    """Whether a source, as it was given, may have columns to name: folders and tars have none."""
+    paths = [Path(os.path.expanduser(name)) for name in expand_source(source)]
+    return not any(path.is_dir() or path.name.removesuffix(".gz").endswith(TAR_FORMAT) for path in paths)
+
+
 def expand_source(source: str) -> list[str]:
     """Expand ``a::b``, ``x-{000..012}.tar`` and ``{train,val}.csv`` to a list, in order."""
     if "::" in source:

@@ -7,32 +7,35 @@ tokenized and of images few are read; texts that one text tower reads alike are 
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterator, Sequence
 
-from clasp.data.distinct_captions import shown_text
+from clasp.data.distinct_captions import all_equal, shown_text
+from clasp.data.pairs import has_columns
 from clasp.errors import counted
 from clasp.evaluation.name_checks import quote_first
 from clasp.types import Caption, Pair, UserError
 
 
-def equal_caption_lines(pairs: Sequence[Pair], data: str) -> Iterator[str]:
-    """A warning where captions in a language are those of several groups. Raises ``UserError`` where all captions are
-    equal, and there are two groups."""
+def equal_caption_lines(pairs: Sequence[Pair], data: str, languages: Collection[str] | None = None) -> Iterator[str]:
+    """A warning where captions are those of several groups. Raises ``UserError`` where all are equal, and there are two
+    groups. ``languages``: those evaluated, each on its own; ``None``: all captions are evaluated together."""
     first: dict[Caption, str] = {}
     others: defaultdict[Caption, set[str]] = defaultdict(set)
     for pair in pairs:
-        for caption in pair.captions:
+        for text, language in pair.captions:
+            if languages is not None and language not in languages:
+                continue
+            caption = Caption(text, "" if languages is None else language)
             if first.setdefault(caption, pair.group) != pair.group:
                 others[caption].add(pair.group)
     if not others:
         return
+    count = Counter(caption.language for caption in first)
+    for text, language in others:
+        if count[language] == 1:
+            raise UserError(all_equal(f"of {data}{f' in {language}' if language else ''}", text, data, "caption="))
     top = max(others, key=lambda caption: len(others[caption]))
-    if len(first) == 1:
-        raise UserError(
-            f"every caption of {data} is {shown_text(top.text)}, so nothing tells the images apart; caption= names the "
-            "column of captions"
-        )
     yield (
         f"warning: {len(others):,} of the {counted(len(first), 'different caption')} of {data} are those of "
         f"several images, such as {shown_text(top.text)} ({len(others[top]) + 1:,}); each is right for its own alone"
@@ -63,7 +66,6 @@ def require_different_images(pairs: Sequence[Pair], data: str) -> None:
     except (OSError, UserError):  # reported where images are read
         return
     if several:
-        raise UserError(
-            f"every image of {data} is the same, byte for byte, such as {first.image.name}, so nothing tells them "
-            "apart; image= names the column of images"
-        )
+        hint = "; image= names the column of images" if has_columns(data) else ""
+        same = f"every image of {data} is the same, byte for byte, such as {first.image.name}"
+        raise UserError(f"{same}, so nothing tells them apart{hint}")

@@ -41,6 +41,8 @@ def language_classes_task(context: TaskContext) -> MultilingualTask:
     if unasked := [language for language in languages if language not in queries]:
         why = f"no image of {context.data} has a class with a name there, or there are fewer than two classes"
         context.say(f"left out: {', '.join(unasked)}: {why}")
+    for each in queries.values():
+        context.inputs.tell_apart(each.comparable_prompts)
     return MultilingualTask(
         data=context.data,
         images=context.inputs.images(context.pairs),

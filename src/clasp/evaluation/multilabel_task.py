@@ -46,6 +46,7 @@ def evaluate_multilabel(context: TaskContext) -> list[EvaluationResult]:
         descriptions=read_descriptions(options["descriptions"]) if "descriptions" in options else None,
         read=context.inputs.read,
     )
+    context.inputs.tell_apart(queries.comparable_prompts)
     images = embed_batches(context.inputs.images(context.pairs)(), context.model.embed_image, "image")
     truth = _truth(images.ids, labels, classes)
     used = _used_classes(context.data, truth)

@@ -31,7 +31,8 @@ class TaskEntry:
     """A task: the function that runs it, one line about it, and the options it has beside ``PAIR_OPTIONS``.
 
     ``needs_run``: it evaluates the towers of a run, and no other model. ``build``: the task whose ``results`` are those
-    of ``run``; ``None`` where it has no scores of single queries.
+    of ``run``; ``None`` where it has no scores of single queries. ``needs_different_images``: images are compared with
+    each other or with the texts of others, so that pairs whose images are all the same are refused.
     """
 
     run: Callable[[TaskContext], list[EvaluationResult]]
@@ -39,13 +40,23 @@ class TaskEntry:
     options: tuple[TaskOption, ...] = ()
     needs_run: bool = False
     build: Callable[[TaskContext], EvaluationTask] | None = None
+    needs_different_images: bool = True
 
     @classmethod
     def of_queries(
-        cls, build: Callable[[TaskContext], EvaluationTask], help: str, options: tuple[TaskOption, ...] = ()
+        cls,
+        build: Callable[[TaskContext], EvaluationTask],
+        help: str,
+        options: tuple[TaskOption, ...] = (),
+        *,
+        needs_different_images: bool = True,
     ) -> TaskEntry:
         """A task that scores single queries."""
-        return cls(lambda context: build(context).results(context.model), help, options, build=build)
+
+        def run(context: TaskContext) -> list[EvaluationResult]:
+            return build(context).results(context.model)
+
+        return cls(run, help, options, build=build, needs_different_images=needs_different_images)
 
     @property
     def all_options(self) -> tuple[TaskOption, ...]:
@@ -73,7 +84,7 @@ def build_zeroshot(context: TaskContext) -> ZeroShotTask:
     classes = read_class_names(options["classes"]) if "classes" in options else sorted(found)
     for line in like_class_name_lines(classes):
         context.say(line)
-    return zeroshot_task(
+    task = zeroshot_task(
         pairs,
         context.inputs,
         classes=classes,
@@ -82,6 +93,8 @@ def build_zeroshot(context: TaskContext) -> ZeroShotTask:
         label=label,
         descriptions=read_descriptions(options["descriptions"]) if "descriptions" in options else None,
     )
+    context.inputs.tell_apart(task.queries.comparable_prompts)
+    return task
 
 
 def build_retrieval(context: TaskContext) -> EvaluationTask:
@@ -108,7 +121,7 @@ def build_multilingual(context: TaskContext) -> EvaluationTask:
     languages = requested_languages(context.options.get("languages"), caption_languages(context.pairs), context.data)
     if not languages:
         raise UserError(f"no caption of {context.data} names its language; evaluate them with: retrieval")
-    for line in equal_caption_lines(context.pairs, context.data):
+    for line in equal_caption_lines(context.pairs, context.data, languages):
         context.say(line)
     return multilingual_task(context.pairs, context.inputs, languages=languages, data=context.data)
 
@@ -269,6 +282,7 @@ EVALUATION_TASKS: dict[str, TaskEntry] = {
         build_sugarcrepe,
         "choose the caption of an image among hard negatives",
         (TaskOption("negative", "column of the negative captions, a text or a list", "negative_caption"),),
+        needs_different_images=False,
     ),
     "winoground": TaskEntry.of_queries(
         build_winoground, "match two images with two captions, the pairs of a group: group, text and image score"

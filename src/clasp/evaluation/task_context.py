@@ -49,15 +49,19 @@ class TrainedRun:
 class DeferredInputs:
     """The ``EvaluationInputs`` of a model that is loaded when the first stream is read.
 
-    ``say`` is called where the text tower cannot tell the texts of a stream apart: their results are near chance.
+    ``say`` is called once where the text tower of ``model`` cannot tell the captions of a stream apart, the prompts of
+    ``tell_apart``, or, where there are none of these, all other texts: their results are near chance.
     """
 
-    def __init__(self, load: Callable[[], EvaluationInputs], say: MessageCallback) -> None:
-        self._load, self._say, self._announced = load, say, list[list[str]]()
+    def __init__(self, load: Callable[[], EvaluationInputs], say: MessageCallback, model: str) -> None:
+        self._load, self._say, self._model = load, say, model
+        self._announced, self._prompts = list[list[str]](), list[Sequence[str]]()
 
     @cached_property
     def _loaded(self) -> EvaluationInputs:
         inputs = self._load()
+        for prompts in self._prompts:
+            self._say_indistinct(prompts, inputs)
         while self._announced:
             inputs.precompute_texts(self._announced.pop())
         return inputs
@@ -72,21 +76,27 @@ class DeferredInputs:
 
         @cache
         def stream() -> TextBatches:
-            self._say_indistinct(texts.values())
+            self._say_indistinct(texts.values(), self._loaded)
             return self._loaded.texts(texts)
 
         return lambda: stream()()
 
     def read(self, texts: Sequence[str]) -> Iterable[tuple[Sequence[str], TextInput]]:
         """Texts that are their own ids."""
-        self._say_indistinct(texts)
+        if not self._prompts:
+            self._say_indistinct(texts, self._loaded)
         return self._loaded.read(texts)
 
-    def _say_indistinct(self, texts: Iterable[str]) -> None:
-        distinct = list(dict.fromkeys(texts))
-        if len(distinct) > 1 and isinstance(inputs := self._loaded, FeatureSource):
-            if reason := indistinct_captions(distinct, inputs.tokenizer, EVALUATION):
-                self._say(f"warning: {reason}")
+    def tell_apart(self, prompts: Sequence[str]) -> None:
+        """Announces prompts of all classes, of one template: those of several differ in more than the class."""
+        self._prompts.append(prompts)
+        if "_loaded" in vars(self):
+            self._say_indistinct(prompts, self._loaded)
+
+    def _say_indistinct(self, texts: Iterable[str], inputs: EvaluationInputs) -> None:
+        if isinstance(inputs, FeatureSource):
+            if reason := indistinct_captions(list(dict.fromkeys(texts)), inputs.tokenizer, EVALUATION):
+                self._say(f"warning: {self._model}: {reason}")
 
     def precompute_texts(self, texts: Iterable[str]) -> None:
         """Announces the texts of many small requests."""
@@ -99,12 +109,14 @@ class DeferredInputs:
 class TaskContext:
     """The model with its inputs, and the pairs.
 
-    ``load`` is called once, by ``model``, ``towers``, or when a stream of ``inputs`` is read. ``open_pairs`` opens
-    further pairs as ``pairs`` were opened, with the same columns. ``run`` is ``None`` where the model is not a run's.
-    ``model`` keeps the embeddings of live images by their bytes (``EncodeOnce``): a task that changes weights reads
-    them anew through ``towers``. ``say`` is called with status lines beside the results; ``bar`` opens progress bars.
+    ``name`` is the model as typed. ``load`` is called once, by ``model``, ``towers``, or when a stream of ``inputs`` is
+    read. ``open_pairs`` opens further pairs as ``pairs`` were opened, with the same columns. ``run`` is ``None`` where
+    the model is not a run's. ``model`` keeps the embeddings of live images by their bytes (``EncodeOnce``): a task that
+    changes weights reads them anew through ``towers``. ``say`` is called with status lines beside the results; ``bar``
+    opens progress bars.
     """
 
+    name: str
     load: Callable[[], LoadedModel]
     pairs: Pairs
     open_pairs: Callable[[str], Pairs]
@@ -123,9 +135,9 @@ class TaskContext:
         return self._loaded.encoder
 
     @cached_property
-    def inputs(self) -> EvaluationInputs:
+    def inputs(self) -> DeferredInputs:
         """What the model reads; a task is made of them before the model is loaded."""
-        return DeferredInputs(lambda: self._loaded.inputs, self.say)
+        return DeferredInputs(lambda: self._loaded.inputs, self.say, self.name)
 
     @property
     def towers(self) -> TrainedTowers:

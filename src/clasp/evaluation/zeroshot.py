@@ -136,6 +136,12 @@ class ZeroShotQueries:
         starts = torch.tensor([0, *accumulate(map(len, prompts))][:-1])
         return F.normalize(F.embedding_bag(rows, texts.vectors, starts, mode="mean"), dim=1)
 
+    @property
+    def comparable_prompts(self) -> list[str]:
+        """Prompts of all classes that differ in the class alone: of the first template, or all descriptions."""
+        most = 1 if self.descriptions is None else None
+        return [prompt for name in self.classes for prompt in self._prompts(name)[:most]]
+
     def _prompts(self, name: str) -> list[str]:
         if self.descriptions is not None:
             return list(self.descriptions[name])

@@ -135,7 +135,7 @@ class FilterFields:
                 self._examples.setdefault(name, str(values[0]))
                 self._kinds[name] = tuple(kind for kind in kinds if all(map(kind.is_stored, values)))
 
-    def settle(self, each: MetadataFilter) -> bool:
+    def is_settled(self, each: MetadataFilter) -> bool:
         """Whether ``check`` takes a filter, whatever the fields of further entries are."""
         if each.field in ENTRY_FIELDS:
             return True
@@ -168,7 +168,7 @@ class FilterFields:
 def check_filters(filters: Sequence[MetadataFilter], metadata: Iterable[Mapping[str, Any]]) -> None:
     """``UserError`` as of ``FilterFields.check``; reads no more metadata than it takes to know."""
     fields, entries = FilterFields(), iter(metadata)
-    while not all(map(fields.settle, filters)):
+    while not all(map(fields.is_settled, filters)):
         if (meta := next(entries, None)) is None:
             return fields.check(filters)
         fields.add(meta)

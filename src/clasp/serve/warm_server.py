@@ -95,7 +95,8 @@ def read_record(run: Path) -> ServerRecord | None:
         record = ServerRecord(**json.loads((run / SERVER_FILE).read_text(encoding="utf-8")))
         os.kill(record.pid, 0)
         place = urllib.parse.urlsplit(record.address)
-        whole = bool(place.hostname and place.port) and f"{place.netloc}{record.key}".isprintable()
+        whole = bool(place.hostname and place.port) and isinstance(record.key, str)
+        whole = whole and f"{place.netloc}{record.key}".isprintable()
     except PermissionError:
         return None  # another user's process
     except (OSError, ValueError, TypeError, AttributeError, OverflowError):

@@ -180,6 +180,9 @@ class TrainPlan:
         return settings.model_copy(update={"batch_size": self.batch_size, "epochs": self.epochs})
 
 
+TOO_FEW_PAIRS = "training needs at least two pairs to tell apart"
+
+
 def plan_training(settings: TrainSettings, pairs: int, *, max_batch_size: int = MAX_AUTO_BATCH_SIZE) -> TrainPlan:
     """Batch size and epochs for ``pairs`` training pairs; values set in the recipe are used as they are.
 
@@ -190,7 +193,7 @@ def plan_training(settings: TrainSettings, pairs: int, *, max_batch_size: int = 
     Raises UserError for fewer than two pairs, or a set batch of more than there are.
     """
     if pairs < 2:
-        raise UserError(f"training needs at least two pairs to tell apart, and there {'is 1' if pairs else 'are 0'}")
+        raise UserError(f"{TOO_FEW_PAIRS}, and there {'is 1' if pairs else 'are 0'}")
     reasons = []
     if settings.batch_size == "auto":
         room = max(2, min(pairs // 4, max_batch_size))

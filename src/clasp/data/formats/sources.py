@@ -29,7 +29,7 @@ class FileSource:
 
     path: str
     MISSING: ClassVar = "missing"
-    """The version of a file that does not exist"""
+    """The version of a file that cannot be found: it does not exist, or is in a folder that may not be entered"""
 
     @property
     def name(self) -> str:
