@@ -146,14 +146,28 @@ def make_context(
     say: MessageCallback,
     bar: ProgressFactory,
 ) -> TaskContext:
-    """The arguments of a task; ``load``: the model of ``source``."""
+    """The arguments of a task; ``load``: the model of ``source``. Lines on the pairs are said once the model is loaded:
+    an error before that stands alone."""
+    waiting: list[str] | None = []
+
+    def say_when_loaded(line: str) -> None:
+        say(line) if waiting is None else waiting.append(line)
+
+    def load_and_say() -> LoadedModel:
+        nonlocal waiting
+        loaded = load()
+        lines, waiting = waiting or [], None
+        for line in lines:
+            say(line)
+        return loaded
+
     return TaskContext(
         name=source.name,
-        load=load,
+        load=load_and_say,
         pairs=pairs,
         open_pairs=pair_opener(source, entry, options),
         options=options,
         run=source.trained,
-        say=say,
+        say=say_when_loaded,
         bar=bar,
     )
