@@ -7,7 +7,10 @@ import os
 import re
 import shutil
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -22,18 +25,23 @@ from clasp.commands import auto_closed_forms as closed_form_job
 from clasp.commands.auto import AutoResult, climb, resume_climb
 from clasp.commands.auto_stages import AutoCallbacks, AutoStages
 from clasp.commands.closed_form import may_have_class_pairs
+from clasp.commands.disk_space import plan_run_features
+from clasp.commands.run_context import Preloaded
+from clasp.commands.run_evaluations import RunEvaluations
 from clasp.commands.train import train_recipe
-from clasp.config.auto_plan import SHORT_TUNINGS, Left, changed
+from clasp.config.auto_plan import SHORT_TUNINGS, Left, StepTiming, changed
 from clasp.config.budget import LEAST_MINUTES, AutoSettings
 from clasp.config.build import CacheFolders, build_feature_source, build_model_and_preprocessing
-from clasp.config.datasets import open_training_pairs
+from clasp.config.datasets import TrainValPairs, open_training_pairs
 from clasp.config.recipe import Recipe, read_recipe, recipe_from_dict
+from clasp.data.pairs import Pairs
 from clasp.data.readers import PairIndex
+from clasp.evaluation.tasks import ScoredQueries
 from clasp.report.auto_table import AutoPlan, AutoRow, auto_table
 from clasp.training.cost.ledger import read_cost
 from clasp.training.run_files import PLAN_FILE
 from clasp.training.trackers.console import SilentReporter, TrainProgress
-from clasp.types import UserError
+from clasp.types import ProgressCallback, ProgressFactory, UserError
 from toyruns import delta, run
 
 STEPS = 40  # 7 an epoch; 5 epochs inside the towers, none for the heads alone
@@ -318,9 +326,19 @@ def test_little_time_for_many_pairs_starts_from_few(
     monkeypatch.setattr(closed_form_job, "few_pairs", lambda minutes, count: 20)
     short = (replace(SHORT_TUNINGS[0], batch_size=6), *SHORT_TUNINGS[1:])
     monkeypatch.setattr(main_job, "tunings_in", lambda minutes, count: short)
-    done = climb(recipe(towers, pairs, steps=9), tmp_path / "toy", QUIET)
+    monkeypatch.setenv("CLASP_CACHE", str(tmp_path / "cache"))
+    events: list[str] = []
+
+    @contextmanager
+    def computed(title: str) -> Iterator[ProgressCallback]:
+        yield lambda done, total: events.append(title)
+
+    done = climb(recipe(towers, pairs, steps=9), tmp_path / "toy", AutoCallbacks(events.append, bar=computed))
     rows = [row for row in done.plan.rows if row.stage]
     stages = [row.stage for row in rows]
+    tuning = next(place for place, event in enumerate(events) if event.startswith(stages[1]))
+    captions = [place for place, event in enumerate(events) if event.startswith("captions through")]
+    assert captions and max(captions) < tuning, "all layers of captions are computed before the last is read"
     assert stages == ["1-closed-form", "2-low-rank-and-norms-of-images", *STAGES[1:]]
     assert rows[0].method.endswith(", of at most 20 pairs") and "to tune the towers from" in rows[0].reason
     first, tuned, again = (read_recipe(tmp_path / "toy" / "stages" / stages[n] / "recipe.toml") for n in (0, 1, 4))
@@ -340,12 +358,62 @@ def test_features_of_tuned_towers_are_cached_apart(
     given = changed(recipe(towers, pairs, steps=1), {"tune": {"image": ["norms"]}})
     parts = build_model_and_preprocessing(given)
     parts.model.freeze()
-    train, _ = open_training_pairs(given)
+    train, val = open_training_pairs(given)
     inputs = build_feature_source(parts, given, folders=CacheFolders(tuned=tmp_path / "tuned"))
     assert inputs.image_features(train) is not None
+    images = plan_run_features(given, inputs, train, val, PairIndex(train))[0]
+    assert images.file is not None and images.file.is_relative_to(tmp_path / "tuned"), "planned where it is cached"
     assert [len(list((tmp_path / name).glob("features/*.npy"))) for name in ("tuned", "usual")] == [1, 0]
     assert inputs.text_features(PairIndex(train).texts) is not None
     assert [len(list((tmp_path / name).glob("features/*.npy"))) for name in ("tuned", "usual")] == [1, 1]
+
+
+def test_a_resumed_closed_form_of_tuned_towers_reads_their_features(
+    done: AutoResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def stopped(evaluations: RunEvaluations) -> list[ScoredQueries]:
+        os.kill(os.getpid(), signal.SIGINT)
+        return evaluate(evaluations)
+
+    evaluate = RunEvaluations._evaluate
+    given = read_recipe(done.run / "stages" / "5-closed-form-of-tuned" / "recipe.toml")
+    start = partial(train_recipe, given, tmp_path / "run", say=lambda line: None)
+    with monkeypatch.context() as patch:
+        patch.setattr(RunEvaluations, "_evaluate", stopped)
+        assert start(preloaded=Preloaded(tuned=tmp_path / "first")).fitted.interrupted
+    start(preloaded=Preloaded(tuned=tmp_path / "second"), resume=True)
+    first, second = (
+        {file.name: file.read_bytes() for file in (tmp_path / name / "features").glob("*.npy")}
+        for name in ("first", "second")
+    )
+    assert len(first) == 4 and first == second, "images and captions, of training and validation"
+
+
+@pytest.mark.parametrize("refused", ["", "the part has one class", "it cannot be scored"])
+def test_an_evaluation_is_timed_on_a_part_where_that_can_be_scored(
+    refused: str, towers: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    timed: list[int] = []
+
+    def time_steps(recipe: Recipe, pairs: TrainValPairs, bar: ProgressFactory) -> StepTiming:
+        timed.append(len(pairs[1]))
+        if refused == "it cannot be scored" and timed == [4]:
+            raise UserError(refused)
+        return StepTiming(1.0, 2.0, 7)
+
+    def require_validation(train: Pairs, val: Pairs) -> None:
+        if refused == "the part has one class":
+            raise UserError(refused)
+
+    given = recipe(towers, pairs, steps=STEPS)
+    opened = open_training_pairs(given)
+    climbing = main_job._Climb(given, tmp_path / "toy", AutoPlan({}), opened, QUIET, lambda: None)
+    monkeypatch.setattr(main_job, "_TIMED_VALIDATION", 4)
+    monkeypatch.setattr(main_job, "time_steps", time_steps)
+    monkeypatch.setattr(main_job, "require_validation", require_validation)
+    evaluation, whole = climbing._time_steps(given).evaluation, len(opened[1])
+    assert evaluation == (2.0 if refused else 2.0 * whole / 4)
+    assert timed == {"": [4], "the part has one class": [whole], "it cannot be scored": [4, whole]}[refused]
 
 
 def test_no_step_is_timed_where_features_of_all_pairs_do_not_fit(
@@ -357,6 +425,7 @@ def test_no_step_is_timed_where_features_of_all_pairs_do_not_fit(
     done = climb(recipe(towers, pairs, minutes=1), tmp_path / "toy", QUIET)
     tuned = done.plan.row("2-low-rank-and-norms")
     assert tuned is not None and re.fullmatch(r"features of all pairs, about \d+ s, do not fit into .*", tuned.reason)
+    assert AutoPlan.read(tmp_path / "toy").seconds_of_features > 0, "on disk, for a session that resumes it"
 
 
 def test_all_pairs_follow_where_no_step_fits(

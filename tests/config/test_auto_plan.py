@@ -114,6 +114,24 @@ def test_a_few_epochs_need_not_be_whole(left: Left, steps: int | None):
     assert Left(100.0, None).after(30.0) == Left(70.0, None) and Left(None, 5).after(30.0) == Left(None, 5)
 
 
+def test_steps_without_evaluations_end_with_the_few_epochs():
+    left = Left(150.0, None)
+    fitted = fit_tuning(tuning(auto()), StepTiming(1.0, 40.0, 8), left)
+    assert isinstance(fitted, StagePlan) and fitted.recipe.train.max_steps == 24 and fitted.recipe.train.epochs == 3
+    heads = fit_heads(plan_heads(auto("train.select=last"), 6, "runs/a"), StepTiming(0.1, 1.0, 7), left)
+    assert isinstance(heads, StagePlan) and heads.recipe.train.evaluate_every == 5, "the user's choice is of weights"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "size"),
+    [([], 64), (["loss.negatives=64"], 64), (["loss.negatives=65"], "auto"), (["train.batch_size=32"], 32)],
+)
+def test_batches_of_short_tuning_are_as_the_recipe_allows(overrides: Sequence[str], size: int | str):
+    method = tunings_in(1.0, 7197)[0]
+    recipe = plan_tuning(auto(*overrides), 2, "runs/a", method, {"image": SPECS["image"]}).recipe
+    assert recipe.train.batch_size == size
+
+
 def test_little_time_for_many_pairs():
     assert few_pairs(1.0, 7197) == few_pairs(2.9, 4096) == 2048
     assert few_pairs(1.0, 4095) is few_pairs(3.0, 7197) is few_pairs(None, 7197) is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,11 @@ import torch
 
 from clasp.data.feature_cache.arrays import ArrayWriter, load_or_compute
 from clasp.data.feature_cache.features import text_features
-from clasp.data.feature_cache.requests import ImageFeatureRequest, TextFeatureRequest
+from clasp.data.feature_cache.requests import FeatureRequest, ImageFeatureRequest, TextFeatureRequest
 from clasp.data.images import Augment
 from clasp.data.pairs import Pairs
 from clasp.models import cache_policy
-from clasp.models.cache_policy import CachePolicy, plan_features
+from clasp.models.cache_policy import CachePlan, CachePolicy, plan_features
 from clasp.types import PooledFeatures
 from toypairs import TRANSFORM, small_pairs, word_tokenizer
 
@@ -49,6 +50,10 @@ def texts(*chosen: str, depth: int = 0) -> TextFeatureRequest:
     return TextFeatureRequest(NeverRun(depth), word_tokenizer(), chosen)
 
 
+def plan_all(requests: Sequence[FeatureRequest], policy: CachePolicy) -> list[CachePlan]:
+    return plan_features([(request, policy) for request in requests])
+
+
 def free(monkeypatch: pytest.MonkeyPatch, folder: Path, count: int) -> None:
     usage = shutil.disk_usage(folder)
     monkeypatch.setattr(cache_policy.shutil, "disk_usage", lambda at: usage._replace(free=count))
@@ -62,16 +67,16 @@ def test_plans_have_counts_bytes_and_dtypes_and_nothing_is_written(tmp_path: Pat
         texts(*TEXTS),
         texts(*TEXTS, depth=2),
     ]
-    plans = plan_features(requests[:4], CachePolicy(tmp_path))
+    plans = plan_all(requests[:4], CachePolicy(tmp_path))
     assert [(plan.what, plan.count, plan.storage, plan.bytes) for plan in plans] == [
         ("images", 10, "float32", 10 * 4 * 4),
         ("images", 10, "float16", 10 * 17 * 4 * 2),
         ("images", 10, "float32", 3 * 10 * 4 * 4),
         ("captions", 3, "float32", 3 * 4 * 4),
     ]
-    (states,) = plan_features(requests[4:], CachePolicy(tmp_path))
+    (states,) = plan_all(requests[4:], CachePolicy(tmp_path))
     assert (states.count, states.storage, states.bytes) == (3, "float16", (2 + 3 + 1) * 4 * 2)
-    (chosen,) = plan_features(requests[4:], CachePolicy(tmp_path, "int8"))
+    (chosen,) = plan_all(requests[4:], CachePolicy(tmp_path, "int8"))
     assert (chosen.storage, chosen.bytes) == ("int8", (2 + 3 + 1) * (4 + 4))
     assert all(plan.file is None and plan.bytes_to_write == plan.bytes for plan in plans)
     assert list(tmp_path.iterdir()) == []
@@ -79,7 +84,7 @@ def test_plans_have_counts_bytes_and_dtypes_and_nothing_is_written(tmp_path: Pat
 
 def test_each_file_is_planned_once_and_texts_are_found_among_earlier_ones(tmp_path: Path):
     requests = [images(), texts(*TEXTS), images(), texts("a"), texts("a cat", "a"), texts("two dog")]
-    plans = plan_features(requests, CachePolicy(tmp_path))
+    plans = plan_all(requests, CachePolicy(tmp_path))
     assert [(plan.what, plan.count) for plan in plans] == [("images", 10), ("captions", 3), ("captions", 1)]
 
 
@@ -89,9 +94,9 @@ def test_states_may_fill_a_quarter_of_what_earlier_plans_leave(tmp_path: Path, m
     policy = CachePolicy(tmp_path)
     assert policy.plan(images(depth=2)).storage == "float16"
     assert policy.plan(images(depth=2), reserved_bytes=4).storage is None
-    first, second = plan_features([images(depth=2), texts(*["a cat"] * 3, *TEXTS, depth=2)], policy)
+    first, second = plan_all([images(depth=2), texts(*["a cat"] * 3, *TEXTS, depth=2)], policy)
     assert first.storage == second.storage == "float16" and 4 * second.bytes < 4 * size - first.bytes
-    first, second = plan_features([images(depth=2), images(depth=3)], policy)
+    first, second = plan_all([images(depth=2), images(depth=3)], policy)
     assert first.storage == "float16" and second.storage is None and second.bytes_to_write == 0
     whole, chosen = policy.plan(images()), CachePolicy(tmp_path, "float16").plan(images(depth=3), reserved_bytes=9999)
     assert whole.storage == "float32" and chosen.storage == "float16", "the size decides states in auto only"
@@ -100,7 +105,7 @@ def test_states_may_fill_a_quarter_of_what_earlier_plans_leave(tmp_path: Path, m
 def test_texts_that_are_not_cached_are_no_earlier_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     whole, part = texts(*TEXTS, depth=2), texts("a", depth=2)
     free(monkeypatch, tmp_path, 4 * part.num_bytes("float16"))
-    plans = plan_features([whole, part], CachePolicy(tmp_path))
+    plans = plan_all([whole, part], CachePolicy(tmp_path))
     assert [plan.storage for plan in plans] == [None, "float16"]
 
 
@@ -111,9 +116,9 @@ def test_what_is_there_is_named_and_takes_no_more_room(tmp_path: Path, monkeypat
 
     request = TextFeatureRequest(Zeros(), word_tokenizer(), TEXTS)
     made = text_features(request, cache_folder=tmp_path)
-    (plan,) = plan_features([texts(*reversed(TEXTS))], CachePolicy(tmp_path))
+    (plan,) = plan_all([texts(*reversed(TEXTS))], CachePolicy(tmp_path))
     assert plan.file == made.kept.path and plan.bytes_to_write == 0
-    assert plan_features([texts("a")], CachePolicy(tmp_path))[0].file is None
+    assert plan_all([texts("a")], CachePolicy(tmp_path))[0].file is None
 
 
 def test_what_an_unfinished_build_has_is_on_disk_already(tmp_path: Path):

@@ -201,7 +201,11 @@ class _Climb:
         """The time of a recipe that tunes towers, its evaluation from that of a part of many validation pairs."""
         train, val = self.pairs
         part = limit_pairs(val, _TIMED_VALIDATION)
-        timing = time_steps(recipe, (train, part), self.io.bar)
+        try:
+            require_validation(train, part)
+            timing = time_steps(recipe, (train, part), self.io.bar)
+        except UserError:  # the part may have one class alone, or too few images that can be read
+            return time_steps(recipe, self.pairs, self.io.bar)
         return replace(timing, evaluation=timing.evaluation * len(val) / len(part))
 
     def _heads(self) -> None:

@@ -56,7 +56,7 @@ from clasp.config.recipe import Recipe, recipe_from_dict
 from clasp.data.cache_folder import cache_folder
 from clasp.data.distinct_captions import require_different_captions, require_distinct_captions
 from clasp.data.readers import PairIndex
-from clasp.evaluation.from_pairs import validation_task
+from clasp.evaluation.from_pairs import validation_task, validation_texts
 from clasp.report.auto_table import AutoPlan, AutoRow
 from clasp.training.run_folder import RunFolder
 from clasp.training.warm_start import load_initial_weights
@@ -89,7 +89,6 @@ class ClosedFormStages:
         self.base, self.pairs, self.plan, self.io, self._stages = base, pairs, plan, callbacks, stages
         self.minutes = stages.budget.minutes
         self._few = few_pairs(self.minutes, len(pairs[0]))
-        self._seconds_of_all = 0.0  # estimated of the features of all pairs, where this session computed those of some
 
     @property
     def kept(self) -> str:
@@ -163,13 +162,17 @@ class ClosedFormStages:
         recipe, texts = search_recipe(self.base, "upper half"), PairIndex(self.pairs[0]).texts
         parts = build_model_and_preprocessing(recipe, lambda: texts)
         parts.model.freeze()
-        build_feature_source(parts, recipe, bar=self.io.bar).text_features(texts)
+        parts.model.to(PartialState().device).eval()
+        inputs = build_feature_source(parts, recipe, bar=self.io.bar)
+        for each in (texts, *validation_texts(*self.pairs)):
+            inputs.text_features(each)
 
     def reason_against_steps(self, left: Left) -> str:
         """Why no step can fit, before one is timed: after a start from few pairs, the features of all are to come."""
-        if self._few is None or left.seconds is None or left.seconds >= self._seconds_of_all:
+        features = self.plan.seconds_of_features
+        if self._few is None or left.seconds is None or left.seconds >= features:
             return ""
-        return f"features of all pairs, about {self._seconds_of_all:,.0f} s, do not fit into {left}"
+        return f"features of all pairs, about {features:,.0f} s, do not fit into {left}"
 
     def seconds_of_tuned(self, timing: StepTiming, tuning: Recipe) -> float:
         """The time that the closed form of towers tuned with a recipe will take, with its features."""
@@ -183,9 +186,9 @@ class ClosedFormStages:
 
     # --- a search ----------------------------------------------------------------------------------------------------
 
-    def _begin(self, recipe: Recipe, tuned: Path | None = None) -> ClosedFormSearch:
-        """The search over the towers of ``recipe``, or those of ``train.init_from``, frozen; ``tuned``: as that of
-        ``build_feature_source``."""
+    def _begin(self, recipe: Recipe, features: Path | None = None) -> ClosedFormSearch:
+        """The search over the towers of ``recipe``, or those of ``train.init_from``, frozen; ``features``: the
+        folder of those of tuned towers."""
         train = limit_pairs(self.pairs[0], recipe.data.max_pairs)
         listing = PairIndex(train)
         require_different_captions(listing.texts, train.name)
@@ -197,14 +200,14 @@ class ClosedFormStages:
         parts.model.to(PartialState().device).eval()
         began = time.monotonic()
         inputs = build_feature_source(
-            parts, recipe, bar=self.io.bar, say=self.io.say, folders=CacheFolders(tuned=tuned)
+            parts, recipe, bar=self.io.bar, say=self.io.say, folders=CacheFolders(tuned=features)
         )
         require_room_for_features(plan_run_features(recipe, inputs, train, self.pairs[1], listing), inputs.cache)
         sides = inputs.batch_reader(train, listing, None)
         task = validation_task(*self.pairs, inputs)
         self.plan.primary = task.primary
-        val = len(self.pairs[1])
-        self._seconds_of_all = (time.monotonic() - began) * (len(self.pairs[0]) + val) / (len(train) + val)
+        val, seconds = len(self.pairs[1]), time.monotonic() - began
+        self.plan.seconds_of_features = seconds * (len(self.pairs[0]) + val) / (len(train) + val)
         return begin_search(parts.model, recipe, sides, task, inputs)
 
     def _run(

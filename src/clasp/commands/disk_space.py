@@ -40,7 +40,8 @@ def plan_run_features(
         requests.append(inputs.text.request(sorted(set(classes.pairs.texts))))
     requests += [inputs.text.request(texts) for texts in validation_texts(train, val)]
     requests.append(inputs.image.request(val))
-    return plan_features([request for request in requests if request is not None], inputs.cache)
+    caches = {"images": inputs.image.cache, "captions": inputs.text.cache}
+    return plan_features([(request, caches[request.what]) for request in requests if request is not None])
 
 
 def require_room_for_run(context: RunContext) -> None:

@@ -106,7 +106,7 @@ def train_recipe(
             require_different_captions(listing.texts, train.name)
         _announce(skipped_lines(train, val), say)
         parts = processes.in_turn(lambda: loaded.parts or build_model_and_preprocessing(recipe, lambda: listing.texts))
-        parts = _prepare(parts, recipe, folder, state, processes)
+        parts = _prepare(parts, recipe, folder, state, loaded)
         with processes.alike():
             require_distinct_captions(listing.texts, parts.tokenizer)
         tracker = _open_trackers(tracker_classes, folder, state, processes, say)
@@ -231,14 +231,15 @@ def _finish(
 
 
 def _prepare(
-    parts: ModelAndPreprocessing, recipe: Recipe, folder: RunFolder, state: TrainState | None, processes: Processes
+    parts: ModelAndPreprocessing, recipe: Recipe, folder: RunFolder, state: TrainState | None, loaded: Preloaded
 ) -> ModelAndPreprocessing:
-    """The model on its device: with the saved tokenizer for a resumed run, or from the weights of ``init_from``."""
+    """The model on its device: with the saved tokenizer for a resumed run, or from the weights of ``init_from``, which
+    features of tuned towers are of in a resumed run, too."""
     if state is not None:  # the saved one: other library versions may build another from the recipe
-        parts = replace(parts, tokenizer=processes.first(lambda: folder.read().tokenizer))
-    elif recipe.train.init_from is not None:
+        parts = replace(parts, tokenizer=loaded.processes.first(lambda: folder.read().tokenizer))
+    if recipe.train.init_from is not None and (state is None or loaded.tuned is not None):
         load_initial_weights(parts.model, recipe.to_dict())
-    parts.model.to(processes.device).eval()
+    parts.model.to(loaded.processes.device).eval()
     if recipe.train.activation_checkpointing == "blocks":
         for tower in (parts.model.image, parts.model.text):
             tower.enable_activation_checkpointing()

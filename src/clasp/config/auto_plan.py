@@ -205,8 +205,9 @@ def plan_heads(base: Recipe, number: int, start: str) -> StagePlan:
 def plan_tuning(base: Recipe, number: int, start: str, method: TowerTuning, specs: dict[str, list[str]]) -> StagePlan:
     """Tuning inside the towers from the run ``start``; ``specs``: what the towers take of the method."""
     train = {"epochs": 1, "lr": method.lr, "lr_factors": dict(method.lr_factors), "init_from": start}
-    if method.batch_size is not None and base.train.batch_size == "auto":
-        train["batch_size"] = method.batch_size
+    size, negatives = method.batch_size, base.loss.negatives
+    if size is not None and base.train.batch_size == "auto" and (negatives == "all" or negatives <= size):
+        train["batch_size"] = size
     changes: dict[str, Any] = {"head": {"noise": 0.0, "dropout": 0.0}, "tune": specs, "train": train}
     return StagePlan(tuning_stage_name(number, method), method.name, "", changed(base, changes))
 
@@ -292,11 +293,12 @@ class Left:
         return timing.epochs_in(share * self.seconds)
 
     def few_steps(self, timing: StepTiming, share: float) -> int:
-        """Steps of fewer than ``_FEW_EPOCHS`` epochs that a share of it holds, with the evaluation after them."""
+        """Steps of at most ``_FEW_EPOCHS`` epochs that a share of it holds, with the evaluation after them."""
         if self.steps is not None:
             return int(share * self.steps)
         assert self.seconds is not None
-        return max(0, int((share * self.seconds - timing.evaluation) / timing.step))
+        fits = int((share * self.seconds - timing.evaluation) / timing.step)
+        return max(0, min(fits, _FEW_EPOCHS * timing.steps_per_epoch))
 
     def after(self, seconds: float) -> Left:
         """What is left once ``seconds`` have passed."""
@@ -319,7 +321,7 @@ def _count(epochs: int) -> str:
 
 
 def _with_epochs(plan: StagePlan, epochs: int, reason: str) -> StagePlan:
-    every = "end" if plan.recipe.train.select == "last" else -(-epochs // _MAX_EVALUATIONS)
+    every = "end" if plan.recipe.train.max_steps is not None else -(-epochs // _MAX_EVALUATIONS)
     recipe = changed(plan.recipe, {"train": {"epochs": epochs, "evaluate_every": every}})
     return replace(plan, reason=reason, recipe=recipe)
 

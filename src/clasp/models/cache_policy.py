@@ -85,15 +85,16 @@ def nearest_existing(folder: Path) -> Path:
     return next(at for at in (folder, *folder.parents) if at.exists())
 
 
-def plan_features(requests: Iterable[FeatureRequest], policy: CachePolicy) -> list[CachePlan]:
-    """The plans of ``requests``, cached one after the other: each cache file once, in the order of computation.
+def plan_features(requests: Iterable[tuple[FeatureRequest, CachePolicy]]) -> list[CachePlan]:
+    """The plans of requests, each under its policy, cached one after the other: each cache file once, in the order of
+    computation.
 
     Nothing is computed or written. A request whose texts are all among those of an earlier one is left out, and the
     bytes that an earlier request writes are not free for a later one.
     """
     plans: list[CachePlan] = []
     cached: list[TextColumn] = []
-    for request in requests:
+    for request, policy in requests:
         if isinstance(request, TextFeatureRequest) and any((texts.find(request.texts) >= 0).all() for texts in cached):
             continue
         plan = policy.plan(request, reserved_bytes=sum(earlier.bytes_to_write for earlier in plans))

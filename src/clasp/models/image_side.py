@@ -44,8 +44,8 @@ class ImageSide:
         self, tower: Tower, transform: ImageTransform, settings: FeatureSettings, callbacks: FeatureCallbacks
     ) -> None:
         self.transform = transform
-        precision = settings.tower_precision(tower)
-        self.frozen_part = find_frozen_part(tower, transform.size, precision) if settings.cache.mode != "off" else None
+        precision, self.cache = settings.tower_precision(tower), settings.cache_of(tower)
+        self.frozen_part = find_frozen_part(tower, transform.size, precision) if self.cache.mode != "off" else None
         self._tower, self._settings, self._callbacks = tower, settings, callbacks
         self._reported: set[str] = set()
         self._told = False
@@ -64,8 +64,8 @@ class ImageSide:
         request = self.request(pairs, augment)
         if request is None:
             return None
-        policy, name = self._settings.cache_of(self._tower), self._tower.name
-        storage = choose_storage(request, policy, name, self._callbacks.notify)
+        name, folder = self._tower.name, self.cache.folder
+        storage = choose_storage(request, self.cache, name, self._callbacks.notify)
         if storage is None:
             return None
         if not self._told:
@@ -74,7 +74,7 @@ class ImageSide:
         reading = ImageReadSettings(self._batch_size, self._settings.workers, self._settings.max_bad_fraction)
         with packed_weights(), self._callbacks.bar(f"images of {Path(pairs.name).name} through {name}") as progress:
             return image_features(
-                request, reading, cache_folder=policy.folder, storage=storage, device=self._device, progress=progress
+                request, reading, cache_folder=folder, storage=storage, device=self._device, progress=progress
             )
 
     def reader(self, pairs: Pairs, augment: Augment | None) -> ImageReader:

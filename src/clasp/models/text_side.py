@@ -41,9 +41,9 @@ class TextSide:
         self, tower: Tower, tokenizer: Tokenizer, settings: FeatureSettings, callbacks: FeatureCallbacks
     ) -> None:
         self.tokenizer = tokenizer
-        precision, policy = settings.tower_precision(tower), settings.cache_of(tower)
-        self.frozen_part = find_frozen_part(tower, 0, precision) if policy.mode != "off" else None
-        self._tower, self._settings, self._policy, self._callbacks = tower, settings, policy, callbacks
+        precision, self.cache = settings.tower_precision(tower), settings.cache_of(tower)
+        self.frozen_part = find_frozen_part(tower, 0, precision) if self.cache.mode != "off" else None
+        self._tower, self._settings, self._callbacks = tower, settings, callbacks
         self._first: TextFeatureRequest | None = None
         self._cached: list[tuple[DistinctTexts, CachedFeatures]] = []
 
@@ -66,14 +66,14 @@ class TextSide:
             entry = index.distinct.find(texts)
             if (entry >= 0).all():
                 return replace(features, entry=entry)
-        storage = choose_storage(request, self._policy, self._tower.name, self._callbacks.notify)
+        storage = choose_storage(request, self.cache, self._tower.name, self._callbacks.notify)
         if storage is None:
             return None
         if not self._cached:
             self._settings.report_precision(self._tower, self._callbacks.notify)
         with packed_weights(), self._callbacks.bar(f"captions through {self._tower.name}") as progress:
             features = text_features(
-                request, cache_folder=self._policy.folder, storage=storage, device=self._device, progress=progress
+                request, cache_folder=self.cache.folder, storage=storage, device=self._device, progress=progress
             )
         self._cached.append((request.index, features))
         return features

@@ -48,6 +48,7 @@ class AutoPlan:
     """The state of a climb.
 
     ``seconds``, ``energy_kwh``: those of all sessions, the latter ``None`` where it was not measured;
+    ``seconds_of_features``: those that features of all pairs take, as the last search estimated them;
     ``reserved_seconds``: those that the closed form of tuned towers will take,
     once a method of tuning was timed; ``best``: the folder name of the best stage.
     """
@@ -56,6 +57,7 @@ class AutoPlan:
     primary: str = ""
     seconds: float = 0.0
     energy_kwh: float | None = None
+    seconds_of_features: float = 0.0
     reserved_seconds: float = 0.0
     best: str = ""
     finished: bool = False

@@ -258,7 +258,8 @@ class _Session:
 
 
 def count_evaluations(settings: TrainSettings) -> int:
-    """Evaluations in a run: before the first step, at the ends of epochs that are due, at the end of the last."""
+    """Evaluations in a run: before the first step and at the ends of epochs that are due, unless at the end alone; at
+    the end of the last epoch."""
     assert settings.epochs != "auto", "resolve the settings with plan_training first"
     if settings.evaluate_every == "end":
         return 1
@@ -272,7 +273,8 @@ def _eval_interval(evaluate_every: int | Literal["auto", "end"], epochs: int) ->
 
 
 class BestCheckpoint:
-    """Evaluates before the first step and at ends of epochs; keeps a copy of the best trainable parameters so far."""
+    """Evaluates before the first step and at ends of epochs, or at the end alone; keeps a copy of the best trainable
+    parameters so far."""
 
     def __init__(
         self,
