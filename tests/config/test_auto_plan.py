@@ -135,8 +135,8 @@ def test_batches_of_short_tuning_are_as_the_recipe_allows(overrides: Sequence[st
 def test_little_time_for_many_pairs():
     assert few_pairs(1.0, 7197) == few_pairs(2.9, 4096) == 2048
     assert few_pairs(1.0, 4095) is few_pairs(3.0, 7197) is few_pairs(None, 7197) is None
-    assert tunings_in(1.0, 7197)[0].towers == ("image",)
-    assert tunings_in(2.0, 7197) == tunings_in(1.0, 800) == tunings_in(None, 7197) == TUNINGS
+    assert tunings_in(1.0, 7197)[0].towers == tunings_in(2.0, 7197)[0].towers == ("image",)
+    assert tunings_in(2.5, 7197) == tunings_in(1.0, 800) == tunings_in(None, 7197) == TUNINGS
 
 
 def test_heads_take_what_is_left_until_they_settle():

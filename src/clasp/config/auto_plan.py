@@ -36,7 +36,7 @@ _MAX_EVALUATIONS = 10
 _FEW_EPOCHS = 3  # fewer of them need not be whole
 _FEWEST_STEPS = 8  # of tuning that are worth the closed form of the tuned towers
 _SHORT_MINUTES, _FEW_PAIRS = 3, 2048  # below, the first closed form is of so many pairs: tuning starts from it
-_IMAGES_ALONE_MINUTES = 2  # below, the image tower is tuned alone where pairs are many
+_IMAGES_ALONE_MINUTES = 2.5  # below, the image tower is tuned alone where pairs are many
 
 
 class LayerSet(NamedTuple):
