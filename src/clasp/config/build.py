@@ -2,6 +2,7 @@
 
 Input: a ``Recipe`` or a run folder. Output: a ``DualEncoder`` with its image transform and tokenizer. This is the only
 place that assembles a ``DualEncoder``. Note: with ``meta=True`` only shapes exist, which is all that counting needs.
+Long, since a recipe and a run folder are built by the same steps.
 """
 
 from __future__ import annotations
