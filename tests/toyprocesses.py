@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from clasp.training.distributed import Processes
+from clasp.training.distributed import Processes, connect
 from clasp.types import UserError
 
 IMPORTED = ["torch", "torch._dynamo", "pytest", "pyarrow.parquet", "clasp.cli", "clasp.commands.train"]
@@ -48,13 +48,10 @@ def start(size: int, folder: Path, job: Callable[[Processes], Any]) -> list[int 
 def _work(rank: int, size: int, folder: str, job: Callable[[Processes], Any]) -> None:
     """One process: saves what the job returns, or its error; exits as the command would."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=size)
-    waiting = dist.new_group(backend="gloo")
-    processes = Processes(
-        rank=rank, size=size, local_rank=rank, local_size=size, device=torch.device("cpu"), waiting=waiting
-    )
     try:
-        found = job(processes)
+        waiting = connect(rank, size, gpus=False, meeting=f"file://{folder}/meet")
+        device = torch.device("cpu")
+        found = job(Processes(rank=rank, size=size, local_rank=rank, local_size=size, device=device, waiting=waiting))
     except UserError as error:
         Path(folder, f"{rank}.txt").write_text(str(error), encoding="utf-8")
         raise SystemExit(2) from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clasp.training.distributed import LostProcessError, Processes, open_processes
+from clasp.training.distributed import LostProcessError, Processes, connect, open_processes
 from clasp.training.loop import TrainSettings, fit
 from clasp.training.loss_settings import LossSettings
 from clasp.training.losses import build_loss
 from clasp.training.step import Stepper
 from clasp.types import Batch, Embeddings, PooledFeatures, UserError
-from toyprocesses import start
+from toyprocesses import fork_context, start
 from toytrackers import callbacks
 
 PAIRS = 13  # parts of unequal size for every number of processes
@@ -176,7 +177,14 @@ def lose(processes: Processes) -> None:
         processes.gather_numbers(1)
 
 
+def vanish_before_all_are_connected(folder: str) -> None:
+    """The second joins the first group, and ends before the group of long waits."""
+    dist.init_process_group("gloo", f"file://{folder}/meet", rank=1, world_size=2)
+    os._exit(9)
+
+
 def vanish(processes: Processes) -> None:
+    dist.barrier()  # as a process that is connected sees it
     if processes.rank:
         os._exit(9)
     processes.gather_numbers(1)
@@ -270,6 +278,20 @@ def test_a_process_that_dies_ends_the_others(tmp_path: Path) -> None:
     assert start(2, tmp_path, vanish) == [2, 9]
     assert time.monotonic() - began < 60, "noticed at once, not at the time-out"
     assert (tmp_path / "0.txt").read_text(encoding="utf-8").startswith("process 0 of 2 ends, since another has ended")
+
+
+def test_a_process_that_dies_while_they_connect_ends_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("clasp.training.distributed.STEP_TIMEOUT", timedelta(seconds=5))
+    other = fork_context().Process(target=vanish_before_all_are_connected, args=(str(tmp_path),))
+    other.start()
+    with pytest.raises(LostProcessError, match="process 0 of 2 ends, since another has ended, or did not connect"):
+        connect(0, 2, gpus=False, meeting=f"file://{tmp_path}/meet")
+    if dist.is_initialized():  # by the first group, unless the other was faster
+        dist.destroy_process_group()
+    other.join()
+    assert other.exitcode == 9
 
 
 def test_a_process_that_is_lost_is_not_waited_for(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, NoReturn, TypeVar
@@ -229,20 +229,23 @@ class Processes:
                 dist.broadcast(copied, 0)
                 tensor.copy_(copied)
 
-    @contextmanager
-    def _answered(self, timeout: timedelta) -> Iterator[None]:
+    def _answered(self, timeout: timedelta) -> AbstractContextManager[None]:
         """Turns the error of a collective into one line."""
-        try:
-            yield
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            reason = " ".join(str(error).split())[:200]
-            raise LostProcessError(
-                f"process {self.rank} of {self.size} ends, since another has ended, or did not answer for "
-                f"{timeout.total_seconds() / 60:.0f} minutes; the error of that one is the reason ({reason}); a run "
-                "that has begun goes on with clasp resume"
-            ) from error
+        return _answers(self.rank, self.size, f"did not answer for {timeout.total_seconds() / 60:.0f} minutes")
+
+
+@contextmanager
+def _answers(rank: int, size: int, otherwise: str) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise LostProcessError(
+            f"process {rank} of {size} ends, since another has ended, or {otherwise}; the error of that one is the "
+            f"reason ({reason}); a run that has begun goes on with clasp resume"
+        ) from error
 
 
 def _this_device() -> torch.device:
@@ -283,9 +286,7 @@ def open_processes() -> Iterator[Processes]:
         if local_size > gpus:
             raise UserError(f"{local_size} processes on a node with {gpus} GPUs: at most one process for each GPU")
         torch.cuda.set_device(local_rank)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=STEP_TIMEOUT)
-    waiting = dist.new_group(backend="gloo", timeout=WAIT_TIMEOUT)
-    assert isinstance(waiting, dist.ProcessGroup), "this process is in the group of all"
+    waiting = connect(int(environment["RANK"]), int(environment["WORLD_SIZE"]), gpus=gpus > 0)
     yield Processes(
         rank=dist.get_rank(),
         size=dist.get_world_size(),
@@ -296,3 +297,18 @@ def open_processes() -> Iterator[Processes]:
         waiting=waiting,
     )
     dist.destroy_process_group()  # not after an error: it would wait for processes that have ended
+
+
+def connect(rank: int, size: int, *, gpus: bool, meeting: str = "env://") -> dist.ProcessGroup:
+    """Connect this process with the others, which meet at ``meeting`` (``init_method`` of torch); returns the group of
+    long waits.
+
+    Raises ``LostProcessError`` where another process ends before all are connected.
+    """
+    with _answers(rank, size, f"did not connect for {STEP_TIMEOUT.total_seconds() / 60:.0f} minutes"):
+        backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
+        dist.init_process_group(backend, meeting, timeout=STEP_TIMEOUT, rank=rank, world_size=size)
+        waiting = dist.new_group(backend="gloo", timeout=STEP_TIMEOUT)
+    assert isinstance(waiting, dist.ProcessGroup), "this process is in the group of all"
+    waiting.set_timeout(WAIT_TIMEOUT)  # only now: it is also how long one waits for the others to connect
+    return waiting
