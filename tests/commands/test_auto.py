@@ -42,6 +42,8 @@ from clasp.training.cost.ledger import read_cost
 from clasp.training.run_files import PLAN_FILE
 from clasp.training.trackers.console import SilentReporter, TrainProgress
 from clasp.types import ProgressCallback, ProgressFactory, UserError
+from toyclassifiers import save_colour_classifier
+from toydata import COLOURS, toys, write_csv
 from toyruns import delta, run
 
 STEPS = 40  # 7 an epoch; 5 epochs inside the towers, none for the heads alone
@@ -280,6 +282,16 @@ def test_few_pairs_beside_class_pairs_take_the_last_layers(
     assert tried and all(method.startswith("last, ") for method in tried)
 
 
+def test_without_class_pairs_is_tried_whatever_the_time(towers: Path, tmp_path: Path):
+    save_colour_classifier(tmp_path / "image", toys(90, seed=1), list(COLOURS))
+    given = recipe(towers, write_csv(toys(60), tmp_path), minutes=1e-4).to_dict()
+    given["image"]["tower"] = f"file:{tmp_path / 'image'}"
+    done = climb(recipe_from_dict(given, "toy"), tmp_path / "toy", QUIET)
+    *first, alone = [row.method for row in done.plan.rows if not row.stage]
+    assert first and all(method.endswith(", class pairs 10") for method in first)
+    assert f"{alone}, class pairs 10" in first
+
+
 def test_the_least_time_is_said_alike():
     words = f"bout {LEAST_MINUTES:g} minutes are needed on two cores"
     assert words in AutoSettings(minutes=LEAST_MINUTES / 2).announcement
@@ -395,7 +407,8 @@ def test_an_evaluation_is_timed_on_a_part_where_that_can_be_scored(
 ):
     timed: list[int] = []
 
-    def time_steps(recipe: Recipe, pairs: TrainValPairs, bar: ProgressFactory) -> StepTiming:
+    def time_steps(recipe: Recipe, pairs: TrainValPairs, bar: ProgressFactory, *, most: float) -> StepTiming:
+        assert most == float("inf"), "a budget in steps"
         timed.append(len(pairs[1]))
         if refused == "it cannot be scored" and timed == [4]:
             raise UserError(refused)
@@ -426,6 +439,49 @@ def test_no_step_is_timed_where_features_of_all_pairs_do_not_fit(
     tuned = done.plan.row("2-low-rank-and-norms")
     assert tuned is not None and re.fullmatch(r"features of all pairs, about \d+ s, do not fit into .*", tuned.reason)
     assert AutoPlan.read(tmp_path / "toy").seconds_of_features > 0, "on disk, for a session that resumes it"
+
+
+@pytest.mark.parametrize(
+    ("few", "left", "timed"),
+    [
+        (None, Left(39.0, None), False),  # steps, and the features again
+        (None, Left(41.0, None), True),
+        (2048, Left(19.0, None), False),
+        (2048, Left(21.0, None), True),
+        (None, Left(None, 5), True),
+    ],
+)
+def test_steps_are_timed_where_features_leave_time_for_them(
+    few: int | None, left: Left, timed: bool, towers: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(closed_form_job, "few_pairs", lambda minutes, count: few)
+    given, plan = recipe(towers, pairs, minutes=1), AutoPlan({}, seconds_of_features=20.0)
+    climbing = main_job._Climb(given, tmp_path / "toy", plan, open_training_pairs(given), QUIET, lambda: None)
+    assert (climbing._closed_forms.reason_against_steps(left) == "") is timed
+
+
+@pytest.mark.parametrize(
+    ("minutes", "count", "layers"),
+    [(1.0, 729, "last"), (1.5, 729, "upper half"), (1.0, 1024, "upper half"), (3.0, 729, "all"), (None, 729, "all")],
+)
+def test_the_layers_of_a_search_are_by_minutes_and_pairs(
+    minutes: float | None, count: int, layers: str, towers: Path, pairs: Path, tmp_path: Path
+):
+    given = recipe(towers, pairs, minutes=minutes) if minutes else recipe(towers, pairs, steps=STEPS)
+    train, val = open_training_pairs(given)
+    many = (train.subset(row % len(train) for row in range(count)), val)
+    climbing = main_job._Climb(given, tmp_path / "toy", AutoPlan({}), many, QUIET, lambda: None)
+    assert climbing._closed_forms._layers == layers
+
+
+def test_no_more_steps_are_timed_where_the_first_says_that_none_fit(
+    towers: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(main_job, "FEWEST_STEPS", 10**6)  # of 60 s: one is longer than a millionth of them
+    done = climb(recipe(towers, pairs, minutes=1), tmp_path / "toy", QUIET)
+    tuned, heads = done.plan.row("2-low-rank-and-norms"), done.plan.row("6-heads")
+    assert tuned is not None and re.fullmatch(r"a step takes .* s: fewer than 1000000 fit into the .*", tuned.reason)
+    assert heads is not None and heads.metric is not None, "the time is theirs"
 
 
 def test_all_pairs_follow_where_no_step_fits(

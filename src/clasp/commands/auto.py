@@ -19,9 +19,10 @@ from clasp.commands.auto_closed_forms import ClosedFormStages
 from clasp.commands.auto_stages import AutoCallbacks, AutoStages
 from clasp.commands.closed_form import attention_of_runs, with_layer_pools
 from clasp.commands.repeated_lines import said_once
-from clasp.commands.step_timing import time_steps
+from clasp.commands.step_timing import SlowStepError, time_steps
 from clasp.config.auto_plan import (
     CLOSED_FORM_STAGE,
+    FEWEST_STEPS,
     TUNINGS,
     StagePlan,
     StepTiming,
@@ -187,7 +188,11 @@ class _Climb:
         made = self.plan.row(start.name) is not None
         if "text" not in method.towers:
             self._closed_forms.cache_captions()
-        timing = self._time_steps(stage.recipe if made else with_random_heads(stage.recipe))
+        try:
+            timing = self._time_steps(stage.recipe if made else with_random_heads(stage.recipe))
+        except SlowStepError as error:
+            reason = f"a step takes {error.seconds:.2g} s: fewer than {FEWEST_STEPS} fit into {self._stages.left}"
+            return self._stages.leave_out(name, method.name, reason)
         self.plan.reserved_seconds = self._closed_forms.seconds_of_tuned(timing, stage.recipe)
         self._stages.write()  # so that a kill in the stage keeps the reserve for the methods after it
         left = self._stages.left.after(self.plan.reserved_seconds + self._seconds_of(start))
@@ -198,14 +203,16 @@ class _Climb:
         self._stages.train_if_planned(stage, planned)
 
     def _time_steps(self, recipe: Recipe) -> StepTiming:
-        """The time of a recipe that tunes towers, its evaluation from that of a part of many validation pairs."""
+        """The time of a recipe that tunes towers, its evaluation from that of a part of many validation pairs. Raises
+        ``SlowStepError`` where the first step says that no stage of tuning fits."""
         train, val = self.pairs
-        part = limit_pairs(val, _TIMED_VALIDATION)
+        part, left = limit_pairs(val, _TIMED_VALIDATION), self._stages.left.seconds
+        most = float("inf") if left is None else left / FEWEST_STEPS
         try:
             require_validation(train, part)
-            timing = time_steps(recipe, (train, part), self.io.bar)
+            timing = time_steps(recipe, (train, part), self.io.bar, most=most)
         except UserError:  # the part may have one class alone, or too few images that can be read
-            return time_steps(recipe, self.pairs, self.io.bar)
+            return time_steps(recipe, self.pairs, self.io.bar, most=most)
         return replace(timing, evaluation=timing.evaluation * len(val) / len(part))
 
     def _heads(self) -> None:

@@ -62,7 +62,9 @@ from clasp.training.run_folder import RunFolder
 from clasp.training.warm_start import load_initial_weights
 
 _SEARCH_SHARE = 0.05  # of the minutes, for a search of closed forms once its features are cached
+_SHARE_WITHOUT_TUNING = 0.4  # of the time left, where tuning does not fit; the rest is for steps of the heads
 _MINUTES_FOR_ALL_LAYERS = 3  # their moments alone take a quarter of a minute
+_MINUTES_FOR_UPPER_HALF, _FEW_PAIRS = 1.5, 1024  # below both, the last layers: ridges and steps of heads are worth more
 _TUNED_NUMBER = 2 + len(TUNINGS)
 TUNED_STAGE = f"{_TUNED_NUMBER}-{TUNED_CLOSED_FORM}"
 
@@ -111,9 +113,12 @@ class ClosedFormStages:
 
     @property
     def _layers(self) -> SearchedLayers:
-        if len(self.pairs[0]) < PAIRS_FOR_LAYERS and may_have_class_pairs(self.base):
+        pairs, minutes = len(self.pairs[0]), self.minutes or float("inf")
+        if pairs < PAIRS_FOR_LAYERS and may_have_class_pairs(self.base):
             return "last"
-        return "upper half" if (self.minutes or float("inf")) < _MINUTES_FOR_ALL_LAYERS else "all"
+        if pairs < _FEW_PAIRS and minutes < _MINUTES_FOR_UPPER_HALF:
+            return "last"
+        return "upper half" if minutes < _MINUTES_FOR_ALL_LAYERS else "all"
 
     def _train(self, name: str, searched: Recipe, base: Recipe, *, start: bool = False) -> None:
         """Search among the layers of ``searched``, and train the choice as a stage of ``base``; ``start``: to tune the
@@ -168,9 +173,12 @@ class ClosedFormStages:
             inputs.text_features(each)
 
     def reason_against_steps(self, left: Left) -> str:
-        """Why no step can fit, before one is timed: after a start from few pairs, the features of all are to come."""
+        """Why no step of tuning can fit, before one is timed: the features of all pairs follow, those of the tuned
+        towers. Where those of the frozen ones are no measure of the rest yet, steps take at least as long."""
         features = self.plan.seconds_of_features
-        if self._few is None or left.seconds is None or left.seconds >= features:
+        if self._few is None and left.seconds is not None and left.seconds < 2 * features:
+            return f"steps, and features of all pairs after them, about {features:,.0f} s each, do not fit into {left}"
+        if left.seconds is None or left.seconds >= features:
             return ""
         return f"features of all pairs, about {features:,.0f} s, do not fit into {left}"
 
@@ -217,6 +225,8 @@ class ClosedFormStages:
         half as long is left for what follows."""
         began, left = time.monotonic(), self._stages.left.seconds
         share = float("inf") if self.minutes is None else _SEARCH_SHARE * 60 * self.minutes
+        if left is not None and self.reason_against_steps(Left(left, None)):
+            share = max(share, _SHARE_WITHOUT_TUNING * left)
         limit = share if left is None else min(share, left - share / 2)
         trials = search.run(self.io.say, lambda: time.monotonic() - began > limit, ridges, widths)
         for place, trial in enumerate(trials):

@@ -51,7 +51,9 @@ from clasp.types import ImageInput, MessageCallback, Pixels, PooledFeatures, Pro
 
 ValidationTask = RetrievalTask | MultilingualTask | ZeroShotTask
 SearchedLayers = Literal["all", "upper half", "last"]
-_FIRST_TRIALS = 2  # that are made whatever the time: the last layers, and all
+_FIRST_TRIALS = (
+    2  # that are made whatever the time: the last layers, and all; and the better of them without class pairs
+)
 PAIRS_FOR_LAYERS = 256
 """Training pairs from which more than the last layers are searched beside class pairs, whose lower layers are predicted
 from those of the training pairs. Flickr8k, mean recall on 250 held-out pairs, last layers against upper half: of 36
@@ -98,24 +100,23 @@ class ClosedFormSearch:
         ridges: Sequence[tuple[float, float]] = RIDGES,
         widths: Sequence[int] = WIDTHS,
     ) -> list[ClosedFormTrial]:
-        """Layers first, then the ridge of the best layers, then the width; stops early when ``out_of_time``. Without
-        ``widths``, that of the search alone."""
+        """Layers first, then the weight of class pairs with the best layers, the ridge, and the width; stops early when
+        ``out_of_time``. Without ``widths``, that of the search alone."""
         trials: list[ClosedFormTrial] = []
         layers = self._layer_candidates(ridges[0])
-        needed = min(_FIRST_TRIALS, len(layers))
+        weights = CLASS_WEIGHTS if self._classes is not None and self.recipe.data.class_weight is None else ()
 
-        def attempt(candidates: Sequence[Candidate]) -> None:
-            for candidate in candidates:
-                if len(trials) >= needed and out_of_time():
+        def attempt(candidates: Sequence[Candidate], at_least: int = 0) -> None:
+            for place, candidate in enumerate(candidates):
+                if place >= at_least and out_of_time():
                     return
                 if all(candidate != trial.candidate for trial in trials):
                     trials.append(self._try(candidate))
                     say(f"{candidate}: {self.task.primary} {trials[-1].score.value:.4g}")
 
-        attempt(layers)
+        attempt(layers, _FIRST_TRIALS)
+        attempt([best_trial(trials).candidate._replace(class_weight=weight) for weight in weights], 1)
         attempt([best_trial(trials).candidate._replace(ridge=ridge) for ridge in ridges])
-        if self._classes is not None and self.recipe.data.class_weight is None:
-            attempt([best_trial(trials).candidate._replace(class_weight=weight) for weight in CLASS_WEIGHTS])
         best = best_trial(trials).candidate
         most = min(self._narrower(best.image, best.text), WIDTHS[-1])
         attempt([best._replace(width=width) for width in (*widths, most) if widths and width <= most])

@@ -45,10 +45,27 @@ _FEATURES = 96  # pairs whose features are timed
 _PRODUCT_ROWS = 512  # of the product that a closed form is timed by
 
 
-def time_steps(recipe: Recipe, pairs: TrainValPairs, bar: ProgressFactory, *, cache: Path | None = None) -> StepTiming:
-    """Median seconds of a step with its data, an evaluation, and the features of all pairs; the steps of an epoch.
+class SlowStepError(Exception):
+    """The first step took so long that no more are timed."""
 
-    ``cache``: where features are cached; by default where those of runs are.
+    def __init__(self, seconds: float):
+        super().__init__(f"the first step took {seconds:.2g} s")
+        self.seconds = seconds
+
+
+def time_steps(
+    recipe: Recipe,
+    pairs: TrainValPairs,
+    bar: ProgressFactory,
+    *,
+    cache: Path | None = None,
+    most: float = float("inf"),
+) -> StepTiming:
+    """Median seconds of a step with its data, an evaluation, and the features of all pairs (0 where no tower is tuned);
+    the steps of an epoch.
+
+    ``cache``: where features are cached; by default where those of runs are. ``most``: seconds of the first step, above
+    which it is the only one, and ``SlowStepError`` is raised.
     """
     train, val = pairs
     listing = PairIndex(train)
@@ -75,12 +92,7 @@ def time_steps(recipe: Recipe, pairs: TrainValPairs, bar: ProgressFactory, *, ca
         if inputs.frozen_text_part is not None:
             for texts in validation_texts(train, val):
                 inputs.text_features(texts)  # computed once in a run
-        began = time.perf_counter()
-        task(encoder)
-        evaluation = time.perf_counter() - began
-        plain, images = inputs.batch_reader(train, listing, None), len(train.images.pairs)
-        features = _time_features(parts.model, plain, images, recipe.train.precision)
-        few = _FirstBatches(batches)
+        few = _FirstBatches(batches, most)
         settings = resolved.train.model_copy(
             update={"epochs": -(-_STEPS // len(few)), "max_steps": None, "select": "last"}
         )
@@ -88,6 +100,17 @@ def time_steps(recipe: Recipe, pairs: TrainValPairs, bar: ProgressFactory, *, ca
         callbacks = FitCallbacks(tracker=_NoTracker())
         if fit(parts.model, few, build_loss(recipe.loss), settings, callbacks, kinds=kinds).interrupted:
             raise KeyboardInterrupt
+        began = time.perf_counter()
+        task(encoder)
+        evaluation = time.perf_counter() - began
+        features = 0.0
+        if any(
+            parameter.requires_grad
+            for tower in (parts.model.image, parts.model.text)
+            for parameter in tower.parameters()
+        ):
+            plain, images = inputs.batch_reader(train, listing, None), len(train.images.pairs)
+            features = _time_features(parts.model, plain, images, recipe.train.precision)
     return StepTiming(few.seconds, evaluation, len(batches), features)
 
 
@@ -132,10 +155,11 @@ def time_closed_form(image: int, text: int, pairs: int) -> float:
 
 
 class _FirstBatches:
-    """The first batches of an epoch, each timed from its request to the next: reading and step."""
+    """The first batches of an epoch, each timed from its request to the next: reading and step. Raises
+    ``SlowStepError`` where the first takes more than ``most`` seconds."""
 
-    def __init__(self, batches: PairLoader):
-        self._batches = batches
+    def __init__(self, batches: PairLoader, most: float):
+        self._batches, self._most = batches, most
         self._cycles: list[float] = []
 
     def __len__(self) -> int:
@@ -147,6 +171,8 @@ class _FirstBatches:
             yield batch
             ended = time.perf_counter()
             self._cycles.append(ended - began)
+            if self._cycles[0] > self._most:
+                raise SlowStepError(self._cycles[0])
             began = ended
 
     @property

@@ -27,6 +27,8 @@ TUNED_RIDGES = ((0.3, 0.3), (0.1, 0.1), (1.0, 1.0), (3.0, 3.0))
 """Those for tuned towers, whose features need less"""
 CLASS_WEIGHTS = (0.0, 3.0, 10.0, 30.0)
 """Training pairs that a class counts as, where the image tower has a classifier (``data.class_weight``)"""
+FEWEST_STEPS = 8
+"""Steps of tuning that are worth the closed form of the tuned towers, where an epoch has as many"""
 SEARCH_WIDTH, WIDTHS = 256, (64, 128, 256, 512)
 """Head widths: that of the search, and those tried with the best layers and ridge"""
 _HEAD_STEPS = 300  # after which heads on cached features have settled
@@ -34,7 +36,6 @@ _RESERVE = 0.08  # of the time left, for saving, loading and the final evaluatio
 _MAX_EPOCHS, _MIN_MAX_STEPS = 15, 1500  # tuning flattens at the larger of both; then another method is worth more
 _MAX_EVALUATIONS = 10
 _FEW_EPOCHS = 3  # fewer of them need not be whole
-_FEWEST_STEPS = 8  # of tuning that are worth the closed form of the tuned towers
 _SHORT_MINUTES, _FEW_PAIRS = 3, 2048  # below, the first closed form is of so many pairs: tuning starts from it
 _IMAGES_ALONE_MINUTES = 2.5  # below, the image tower is tuned alone where pairs are many
 
@@ -261,7 +262,7 @@ def fit_tuning(plan: StagePlan, timing: StepTiming, left: Left) -> StagePlan | s
     if left.seconds is not None:
         of_epoch += f" of {timing.step:.2g} s"
     if fits < _FEW_EPOCHS:
-        if steps < min(_FEWEST_STEPS, timing.steps_per_epoch):
+        if steps < min(FEWEST_STEPS, timing.steps_per_epoch):
             return f"{of_epoch}: {max(0, steps)} fit into {left}"
         epochs = -(-steps // timing.steps_per_epoch)
         plan = replace(plan, recipe=changed(plan.recipe, {"train": {"max_steps": steps, "select": "last"}}))
