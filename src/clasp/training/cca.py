@@ -4,8 +4,8 @@ Input: the moments of standardised features of the pairs. Output: the two projec
 second on a laptop where gradient steps take a minute, without learning rate or seed. The ridge equals the variance of a
 noise: the least-squares optimum under Gaussian noise of deviation s on both sides is that of adding s² to both
 covariances. Source: Hotelling (1936); Vinod (1976) for the ridge. Weighting directions by a power of their correlation
-follows Gong et al. (IJCV 2014, section 3.4), who use 4 on both sides where 1 was best here (``dev/LOG.md``). Powers that
-differ with the same sum leave the products of embeddings as they are, and change what unit length divides them by.
+follows Gong et al. (IJCV 2014, section 3.4), who use 4 on both sides where 1 was best here (``dev/LOG.md``). Unequal
+powers of the same sum leave the products of embeddings as they are, and change what unit length divides them by.
 """
 
 from __future__ import annotations
@@ -48,9 +48,10 @@ def cca(
 
     The moments are used as they are: about zero, the mean that standardisation has set, unless they were centred.
     ``ridge`` (image, text), one value or one of each column, must be positive where there are fewer pairs than
-    features. ``powers`` (image, text) of the correlations weight the directions. ``rows``: how many pairs the moments are sums of, where that is known; of few, the same is computed in
-    their space. Raises ``UserError`` when ``width`` exceeds the width of the narrower features. Arithmetic in float64;
-    sides of more than ``WIDE`` columns are factored in float32, in a few seconds for 10,000 columns.
+    features. ``powers`` (image, text) of its correlation weight a direction. ``rows``: how many pairs the moments are
+    sums of, where that is known; of few, the same is computed in their space. Raises ``UserError`` when ``width``
+    exceeds the width of the narrower features. Arithmetic in float64; sides of more than ``WIDE`` columns are factored
+    in float32, in a few seconds for 10,000 columns.
     """
     narrower = min(moments.image_text.shape)
     if width > narrower:
