@@ -108,13 +108,36 @@ def test_more_directions_than_the_narrower_side_has_are_refused() -> None:
         cca(PairMoments.of([(x, y)]), 7, ridge=(1.0, 1.0))
 
 
-def test_power_weights_the_strong_directions() -> None:
+def _paths() -> dict[str, tuple[PairMoments, int | None, int]]:
+    """The moments, rows and ``WIDE`` with which each way of computing a CCA is taken."""
     x, y = some_pairs()
+    generator = torch.Generator().manual_seed(5)
+    few = torch.randn(20, 600, generator=generator), torch.randn(20, 520, generator=generator)
+    return {
+        "dense": (PairMoments.of([(x, y)]), None, 10_000),
+        "wide": (PairMoments.of([(x, y)]), None, 4),
+        "few": (PairMoments.of([few]), 20, 10_000),
+    }
+
+
+@pytest.mark.parametrize("path", ["dense", "wide", "few"])
+def test_powers_weight_the_directions_of_each_side(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    moments, rows, wide = _paths()[path]
+    monkeypatch.setattr(closed_form, "WIDE", wide)
     plain, weighted = (
-        cca(PairMoments.of([(x, y)]), 4, ridge=(0.1, 0.1), power=0.0),
-        cca(PairMoments.of([(x, y)]), 4, ridge=(0.1, 0.1), power=2.0),
+        cca(moments, 4, ridge=(0.1, 0.1), powers=powers, rows=rows) for powers in ((0.0, 0.0), (0.5, 2.0))
     )
-    torch.testing.assert_close(weighted.image, plain.correlations[:, None] ** 2 * plain.image, rtol=1e-4, atol=1e-6)
+    for power, of_plain, of_weighted in ((0.5, plain.image, weighted.image), (2.0, plain.text, weighted.text)):
+        expected = plain.correlations[:, None] ** power * of_plain
+        torch.testing.assert_close(of_weighted, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_powers_of_the_same_sum_give_the_same_products() -> None:
+    x, y = some_pairs()
+    even, uneven = (
+        cca(PairMoments.of([(x, y)]), 4, ridge=(0.1, 0.1), powers=powers) for powers in ((1.0, 1.0), (0.5, 1.5))
+    )
+    torch.testing.assert_close(uneven.image.T @ uneven.text, even.image.T @ even.text, rtol=1e-4, atol=1e-6)
 
 
 # --- moments ---------------------------------------------------------------------------------------------------------

@@ -211,3 +211,13 @@ def test_a_shrunk_mean_changes_what_the_image_head_subtracts_alone(towers: Path,
     moved = 0.5 * (shift - shift.mean())  # of one layer, whose mean is -shift in units of its factor
     change = after["image_head.map.bias"] - before["image_head.map.bias"]
     torch.testing.assert_close(change, -(before["image_head.map.weight"] @ moved), rtol=1e-3, atol=1e-4)
+
+
+def test_correlation_powers_of_the_same_sum_keep_the_products_of_the_heads(towers: Path, pairs: Path, tmp_path: Path):
+    for name, some in (("even", ()), ("uneven", ("head.correlation_power=[0.5, 1.5]",))):
+        run(closed_form(towers, pairs, *some), tmp_path / name)
+    even, uneven = delta(tmp_path / "even"), delta(tmp_path / "uneven")
+    products = [each["image_head.map.weight"].T @ each["text_head.map.weight"] for each in (even, uneven)]
+    torch.testing.assert_close(products[1], products[0], rtol=1e-3, atol=1e-5)
+    image, text = (uneven[f"{side}_head.map.weight"] / even[f"{side}_head.map.weight"] for side in ("image", "text"))
+    assert (image[:5] > 1).all() and (text[:5] < 1).all(), "correlations are below 1"

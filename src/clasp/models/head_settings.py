@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, model_validator
 
 _Power = Annotated[float, Field(gt=0, le=1)]
+_CorrelationPower = Annotated[float, Field(ge=0, le=8)]
 
 
 class HeadSettings(BaseModel):
@@ -41,6 +42,9 @@ class HeadSettings(BaseModel):
     from (``clip:``, ``open_clip:``); the head of a tower without is initialised at random"""
     ridge: tuple[PositiveFloat, PositiveFloat] = (1.0, 1.0)
     """Ridge penalties of the CCA, image and text, in units of a feature's variance"""
+    correlation_power: tuple[_CorrelationPower, _CorrelationPower] = (1.0, 1.0)
+    """Powers of its correlation that weight a direction of the CCA, image and text (Gong et al., IJCV 2014). Their sum
+    is that of the products of embeddings; their difference, what unit length divides by. Needs ``init = "cca"``"""
     mean_shrinkage: Annotated[float, Field(gt=0, le=1)] | None = None
     """Shrinkage of the mean of the training images, which a CCA subtracts from the image features: this fraction of the
     way towards the mean over all features of a layer, or over all class probabilities (Efron & Morris, 1973); for
@@ -74,6 +78,14 @@ class HeadSettings(BaseModel):
             raise ValueError(
                 "class_probabilities = true needs standardize = 'layer': the probability of a class that the training "
                 f"images do not show is near 0; here standardize = {str(self.standardize).lower()}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _correlations_of_a_cca(self) -> HeadSettings:
+        if self.correlation_power != (1.0, 1.0) and self.init != "cca":
+            raise ValueError(
+                f"correlation_power = {list(self.correlation_power)} needs init = 'cca'; here init = {self.init!r}"
             )
         return self
 

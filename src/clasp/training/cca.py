@@ -4,7 +4,8 @@ Input: the moments of standardised features of the pairs. Output: the two projec
 second on a laptop where gradient steps take a minute, without learning rate or seed. The ridge equals the variance of a
 noise: the least-squares optimum under Gaussian noise of deviation s on both sides is that of adding s² to both
 covariances. Source: Hotelling (1936); Vinod (1976) for the ridge. Weighting directions by a power of their correlation
-follows Gong et al. (IJCV 2014, section 3.4), who use 4 where 1 was best here (``dev/LOG.md``).
+follows Gong et al. (IJCV 2014, section 3.4), who use 4 on both sides where 1 was best here (``dev/LOG.md``). Unequal
+powers of the same sum leave the products of embeddings as they are, and change what unit length divides them by.
 """
 
 from __future__ import annotations
@@ -36,41 +37,47 @@ class CCAProjections:
 
 
 def cca(
-    moments: PairMoments, width: int, *, ridge: tuple[Ridge, Ridge], power: float = 1.0, rows: int | None = None
+    moments: PairMoments,
+    width: int,
+    *,
+    ridge: tuple[Ridge, Ridge],
+    powers: tuple[float, float] = (1.0, 1.0),
+    rows: int | None = None,
 ) -> CCAProjections:
     """CCA of standardised features from their moments, ``width`` directions.
 
     The moments are used as they are: about zero, the mean that standardisation has set, unless they were centred.
     ``ridge`` (image, text), one value or one of each column, must be positive where there are fewer pairs than
-    features. ``rows``: how many pairs the moments are sums of, where that is known; of few, the same is computed in
-    their space. Raises ``UserError`` when ``width`` exceeds the width of the narrower features. Arithmetic in float64;
-    sides of more than ``WIDE`` columns are factored in float32, in a few seconds for 10,000 columns.
+    features. ``powers`` (image, text) of its correlation weight a direction. ``rows``: how many pairs the moments are
+    sums of, where that is known; of few, the same is computed in their space. Raises ``UserError`` when ``width``
+    exceeds the width of the narrower features. Arithmetic in float64; sides of more than ``WIDE`` columns are factored
+    in float32, in a few seconds for 10,000 columns.
     """
     narrower = min(moments.image_text.shape)
     if width > narrower:
         raise UserError(f"head.width = {width}: the closed form has at most {narrower} directions for these towers")
     if rows is not None and narrower >= _FEW_ROWS_WIDTH and rows <= narrower // 4:
-        found = _cca_of_few(moments, width, ridge, power, rows)
+        found = _cca_of_few(moments, width, ridge, powers, rows)
         if found is not None:
             return found
     if max(moments.image_text.shape) > WIDE:
-        return _cca_of_wide(moments, width, ridge, power)
+        return _cca_of_wide(moments, width, ridge, powers)
     whiten_image, whiten_text = (
         _whitening(products / moments.weight, penalty)
         for products, penalty in ((moments.image_image, ridge[0]), (moments.text_text, ridge[1]))
     )
     across = moments.image_text / moments.weight
     u, correlations, v = torch.linalg.svd(whiten_image @ across @ whiten_text.T, full_matrices=False)
-    weight = correlations[:width].clamp(min=0) ** power
+    at_image, at_text = (correlations[:width, None].clamp(min=0) ** power for power in powers)
     return CCAProjections(
-        image=(weight[:, None] * (u.T[:width] @ whiten_image)).float(),
-        text=(weight[:, None] * (v[:width] @ whiten_text)).float(),
+        image=(at_image * (u.T[:width] @ whiten_image)).float(),
+        text=(at_text * (v[:width] @ whiten_text)).float(),
         correlations=correlations[:width].float(),
     )
 
 
 def _cca_of_few(
-    moments: PairMoments, width: int, ridge: tuple[Ridge, Ridge], power: float, rows: int
+    moments: PairMoments, width: int, ridge: tuple[Ridge, Ridge], powers: tuple[float, float], rows: int
 ) -> CCAProjections | None:
     """The same from factors of as many rows as there are pairs: directions beyond these have correlation 0, and rows of
     zeros. ``None`` where the moments are not of so few pairs."""
@@ -88,10 +95,10 @@ def _cca_of_few(
     image, text = sides
     u, correlations, v = torch.linalg.svd(image @ (moments.image_text.double() / moments.weight) @ text.T)
     count = min(width, len(correlations))
-    weight = correlations[:count, None].clamp(min=0) ** power
+    weights = [correlations[:count, None].clamp(min=0) ** power for power in powers]
     maps = [
         torch.nn.functional.pad(weight * (vectors[:count] @ side), (0, 0, 0, width - count)).float()
-        for vectors, side in ((u.T, image), (v, text))
+        for weight, vectors, side in zip(weights, (u.T, v), (image, text), strict=True)
     ]
     padded = torch.nn.functional.pad(correlations[:count], (0, width - count)).float()
     return CCAProjections(maps[0], maps[1], padded)
@@ -111,7 +118,9 @@ def _pivoted_cholesky(matrix: Float[Tensor, "D D"], rank: int) -> Float[Tensor, 
     return factor if float(left.max()) <= 1e-4 * most else None
 
 
-def _cca_of_wide(moments: PairMoments, width: int, ridge: tuple[Ridge, Ridge], power: float) -> CCAProjections:
+def _cca_of_wide(
+    moments: PairMoments, width: int, ridge: tuple[Ridge, Ridge], powers: tuple[float, float]
+) -> CCAProjections:
     """The same without an inverse: triangular solves, and leading eigenvectors of the smaller Gram matrix."""
     image, text = (
         torch.linalg.cholesky(_ridged((products / moments.weight).float(), penalty))
@@ -128,9 +137,11 @@ def _cca_of_wide(moments: PairMoments, width: int, ridge: tuple[Ridge, Ridge], p
         torch.linalg.solve_triangular(factor.T, vectors, upper=True).T
         for factor, vectors in zip(factors, (far, near), strict=True)
     ]
-    weight = correlations[:, None] ** power
-    at_image, at_text = maps if tall else reversed(maps)
-    return CCAProjections(weight * at_image, weight * at_text, correlations)
+    image, text = (
+        correlations[:, None] ** power * each
+        for power, each in zip(powers, maps if tall else reversed(maps), strict=True)
+    )
+    return CCAProjections(image, text, correlations)
 
 
 def _leading_eigenvectors(

@@ -66,7 +66,8 @@ def initialize_heads(
             weighted = of_classes, classes.classes.total_weight
         source = closed_form_source(moments, len(sides.pairs), weighted)
         rows = int(moments.weight) if weighted is None else None
-        maps = cca(source.moments, settings.width, ridge=settings.ridge, rows=rows)
+        powers = settings.correlation_power
+        maps = cca(source.moments, settings.width, ridge=settings.ridge, powers=powers, rows=rows)
         image_mean = source.image_mean
         if settings.mean_shrinkage is not None:
             image_mean = image_mean + image.shrunk_mean(settings.mean_shrinkage)
