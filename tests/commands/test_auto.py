@@ -8,10 +8,11 @@ import re
 import shutil
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,6 +29,7 @@ from clasp.commands.closed_form import may_have_class_pairs
 from clasp.commands.disk_space import plan_run_features
 from clasp.commands.run_context import Preloaded
 from clasp.commands.run_evaluations import RunEvaluations
+from clasp.commands.step_timing import SlowStepError, _FirstBatches
 from clasp.commands.train import train_recipe
 from clasp.config.auto_plan import SHORT_TUNINGS, Left, StepTiming, changed
 from clasp.config.budget import LEAST_MINUTES, AutoSettings
@@ -407,8 +409,8 @@ def test_an_evaluation_is_timed_on_a_part_where_that_can_be_scored(
 ):
     timed: list[int] = []
 
-    def time_steps(recipe: Recipe, pairs: TrainValPairs, bar: ProgressFactory, *, most: float) -> StepTiming:
-        assert most == float("inf"), "a budget in steps"
+    def time_steps(recipe: Recipe, pairs: TrainValPairs, bar: ProgressFactory, *, left: float) -> StepTiming:
+        assert left == float("inf"), "a budget in steps"
         timed.append(len(pairs[1]))
         if refused == "it cannot be scored" and timed == [4]:
             raise UserError(refused)
@@ -437,26 +439,35 @@ def test_no_step_is_timed_where_features_of_all_pairs_do_not_fit(
     monkeypatch.setattr(main_job._Climb, "_time_steps", lambda *given: pytest.fail("timed steps"))
     done = climb(recipe(towers, pairs, minutes=1), tmp_path / "toy", QUIET)
     tuned = done.plan.row("2-low-rank-and-norms")
-    assert tuned is not None and re.fullmatch(r"features of all pairs, about \d+ s, do not fit into .*", tuned.reason)
+    assert tuned is not None and re.fullmatch(
+        r"features of all pairs, about \d+ s, and the steps .* do not fit into .*", tuned.reason
+    )
     assert AutoPlan.read(tmp_path / "toy").seconds_of_features > 0, "on disk, for a session that resumes it"
 
 
 @pytest.mark.parametrize(
-    ("few", "left", "timed"),
+    ("captions", "left", "timed"),
     [
-        (None, Left(39.0, None), False),  # steps, and the features again
-        (None, Left(41.0, None), True),
-        (2048, Left(19.0, None), False),
-        (2048, Left(21.0, None), True),
-        (None, Left(None, 5), True),
+        (
+            1,
+            Left(30.0, None),
+            False,
+        ),  # a step of 5 pairs costs 15 times the features of a pair: 13 of them 20 s × 195 / 20
+        (1, Left(214.0, None), False),
+        (1, Left(216.0, None), True),
+        (5, Left(58.0, None), False),
+        (5, Left(60.0, None), True),
+        (1, Left(None, 5), True),
     ],
 )
 def test_steps_are_timed_where_features_leave_time_for_them(
-    few: int | None, left: Left, timed: bool, towers: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    captions: int, left: Left, timed: bool, towers: Path, pairs: Path, tmp_path: Path
 ):
-    monkeypatch.setattr(closed_form_job, "few_pairs", lambda minutes, count: few)
     given, plan = recipe(towers, pairs, minutes=1), AutoPlan({}, seconds_of_features=20.0)
-    climbing = main_job._Climb(given, tmp_path / "toy", plan, open_training_pairs(given), QUIET, lambda: None)
+    train, val = open_training_pairs(given)
+    many = [replace(pair, captions=pair.captions[:1] * captions) for pair in train.subset(range(20))]
+    climbing = main_job._Climb(given, tmp_path / "toy", plan, (train, val), QUIET, lambda: None)
+    climbing._closed_forms.pairs = many, val  # pyright: ignore[reportAttributeAccessIssue]
     assert (climbing._closed_forms.reason_against_steps(left) == "") is timed
 
 
@@ -474,14 +485,36 @@ def test_the_layers_of_a_search_are_by_minutes_and_pairs(
     assert climbing._closed_forms._layers == layers
 
 
-def test_no_more_steps_are_timed_where_the_first_says_that_none_fit(
-    towers: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+class FourBatches:
+    """Of an epoch."""
+
+    def __len__(self) -> int:
+        return 4
+
+    def epoch(self, number: int, start: int = 0) -> Iterator[Any]:
+        return iter(range(4))
+
+
+@pytest.mark.parametrize(("left", "steps"), [(1e-9, 1), (2.0, 3), (float("inf"), 4)])
+def test_no_more_steps_are_timed_once_one_says_that_too_few_fit(
+    left: float, steps: int, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(main_job, "FEWEST_STEPS", 10**6)  # of 60 s: one is longer than a millionth of them
+    clock = iter([0.0, 1.0, 1.1, 2.1, 2.2])  # the first takes 1 s, as the third; all 4 have to fit
+    monkeypatch.setattr("clasp.commands.step_timing.time.perf_counter", lambda: next(clock))
+    few, taken = _FirstBatches(FourBatches(), left), 0
+    with pytest.raises(SlowStepError) if steps < 4 else nullcontext():
+        for _ in few.epoch(1):
+            taken += 1
+    assert taken == steps
+
+
+def test_slow_steps_leave_the_time_to_heads(towers: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("clasp.commands.step_timing.FEWEST_STEPS", 10**6)
+    monkeypatch.setattr("clasp.commands.step_timing._OF_FIRST", 1e-6)
     done = climb(recipe(towers, pairs, minutes=1), tmp_path / "toy", QUIET)
     tuned, heads = done.plan.row("2-low-rank-and-norms"), done.plan.row("6-heads")
-    assert tuned is not None and re.fullmatch(r"a step takes .* s: fewer than 1000000 fit into the .*", tuned.reason)
-    assert heads is not None and heads.metric is not None, "the time is theirs"
+    assert tuned is not None and re.fullmatch(r"a step takes .* s: fewer than \d+ fit into the .*", tuned.reason)
+    assert heads is not None and heads.metric is not None
 
 
 def test_all_pairs_follow_where_no_step_fits(

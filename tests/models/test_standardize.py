@@ -38,6 +38,16 @@ def test_each_feature_or_each_layer_gets_deviation_1():
         assert part.var(0, correction=0).mean().item() == pytest.approx(1, abs=1e-5)
 
 
+@pytest.mark.parametrize("per_layer", [False, True])
+def test_rows_that_count_several_times_are_repeated_rows(per_layer: bool):
+    counted, repeated = (Standardize(FeatureLayout([2, 4], per_layer, 0.5)) for _ in range(2))
+    counts = torch.arange(len(FEATURES)) % 4 + 1
+    counted.fit(FEATURES, counts)
+    repeated.fit(FEATURES.repeat_interleave(counts, 0))
+    for name in ("scale", "shift", "deviations"):
+        torch.testing.assert_close(getattr(counted, name), getattr(repeated, name))
+
+
 def test_the_power_keeps_signs():
     torch.testing.assert_close(signed_power(torch.tensor([-4.0, 0, 9]), 0.5), torch.tensor([-2.0, 0, 3]))
     assert signed_power(FEATURES, 1.0) is FEATURES

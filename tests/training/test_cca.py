@@ -143,6 +143,22 @@ def test_powers_of_the_same_sum_give_the_same_products() -> None:
 # --- moments ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("most", [1, 3])
+def test_images_with_several_captions_are_those_pairs(most: int) -> None:
+    generator = torch.Generator().manual_seed(3)
+    images, counts = torch.randn(20, 9, generator=generator), torch.arange(20) % most + 1
+    parts = [torch.arange(20)[counts > draw] for draw in range(most)]
+    texts = [torch.randn(len(rows), 6, generator=generator) for rows in parts]
+    made = PairMoments.empty(9, 6)
+    made.add_captions(images, counts, zip(parts, texts, strict=True))
+    expected = PairMoments.of((images[rows], text) for rows, text in zip(parts, texts, strict=True))
+    for name in ("weight", "image", "text", "image_image", "image_text", "text_text"):
+        found, wanted = (torch.as_tensor(getattr(each, name)) for each in (made, expected))
+        if most == 1:
+            assert torch.equal(found, wanted), "to the last bit"
+        torch.testing.assert_close(found, wanted)
+
+
 def test_selected_columns_are_the_moments_of_those_columns() -> None:
     x, y = some_pairs()
     image, text = torch.tensor([1, 2, 7]), torch.tensor([0, 5])

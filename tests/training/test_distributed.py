@@ -15,7 +15,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clasp.training.distributed import LostProcessError, Processes, connect, open_processes
+from clasp.training.distributed import STEP_TIMEOUT, WAIT_TIMEOUT, LostProcessError, Processes, connect, open_processes
 from clasp.training.loop import TrainSettings, fit
 from clasp.training.loss_settings import LossSettings
 from clasp.training.losses import build_loss
@@ -180,6 +180,7 @@ def lose(processes: Processes) -> None:
 def vanish_before_all_are_connected(folder: str) -> None:
     """The second joins the first group, and ends before the group of long waits."""
     dist.init_process_group("gloo", f"file://{folder}/meet", rank=1, world_size=2)
+    Path(folder, "joined").touch()
     os._exit(9)
 
 
@@ -283,15 +284,27 @@ def test_a_process_that_dies_ends_the_others(tmp_path: Path) -> None:
 def test_a_process_that_dies_while_they_connect_ends_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("clasp.training.distributed.STEP_TIMEOUT", timedelta(seconds=5))
+    monkeypatch.setattr("clasp.training.distributed.STEP_TIMEOUT", timedelta(seconds=10))
     other = fork_context().Process(target=vanish_before_all_are_connected, args=(str(tmp_path),))
     other.start()
-    with pytest.raises(LostProcessError, match="process 0 of 2 ends, since another has ended, or did not connect"):
-        connect(0, 2, gpus=False, meeting=f"file://{tmp_path}/meet")
-    if dist.is_initialized():  # by the first group, unless the other was faster
+    try:
+        with pytest.raises(LostProcessError, match="process 0 of 2 cannot connect with the others: one has ended"):
+            connect(0, 2, gpus=False, meeting=f"file://{tmp_path}/meet")
+    finally:
+        if dist.is_initialized():  # by the first group, unless the other was faster
+            dist.destroy_process_group()
+        other.join(60)
+        other.kill()
+    assert other.exitcode == 9 and (tmp_path / "joined").exists()
+
+
+def test_waits_are_long_once_all_are_connected(tmp_path: Path) -> None:
+    waiting = connect(0, 1, gpus=False, meeting=f"file://{tmp_path}/meet")
+    try:
+        times = [group._get_backend(torch.device("cpu")).options._timeout for group in (dist.group.WORLD, waiting)]
+    finally:
         dist.destroy_process_group()
-    other.join()
-    assert other.exitcode == 9
+    assert times == [STEP_TIMEOUT, WAIT_TIMEOUT]
 
 
 def test_a_process_that_is_lost_is_not_waited_for(tmp_path: Path) -> None:

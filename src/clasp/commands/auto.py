@@ -22,7 +22,6 @@ from clasp.commands.repeated_lines import said_once
 from clasp.commands.step_timing import SlowStepError, time_steps
 from clasp.config.auto_plan import (
     CLOSED_FORM_STAGE,
-    FEWEST_STEPS,
     TUNINGS,
     StagePlan,
     StepTiming,
@@ -191,7 +190,7 @@ class _Climb:
         try:
             timing = self._time_steps(stage.recipe if made else with_random_heads(stage.recipe))
         except SlowStepError as error:
-            reason = f"a step takes {error.seconds:.2g} s: fewer than {FEWEST_STEPS} fit into {self._stages.left}"
+            reason = f"{error}: fewer than {error.steps} fit into {self._stages.left}"
             return self._stages.leave_out(name, method.name, reason)
         self.plan.reserved_seconds = self._closed_forms.seconds_of_tuned(timing, stage.recipe)
         self._stages.write()  # so that a kill in the stage keeps the reserve for the methods after it
@@ -204,15 +203,15 @@ class _Climb:
 
     def _time_steps(self, recipe: Recipe) -> StepTiming:
         """The time of a recipe that tunes towers, its evaluation from that of a part of many validation pairs. Raises
-        ``SlowStepError`` where the first step says that no stage of tuning fits."""
+        ``SlowStepError`` where a step says that no stage of tuning fits."""
         train, val = self.pairs
         part, left = limit_pairs(val, _TIMED_VALIDATION), self._stages.left.seconds
-        most = float("inf") if left is None else left / FEWEST_STEPS
+        left = float("inf") if left is None else left
         try:
             require_validation(train, part)
-            timing = time_steps(recipe, (train, part), self.io.bar, most=most)
+            timing = time_steps(recipe, (train, part), self.io.bar, left=left)
         except UserError:  # the part may have one class alone, or too few images that can be read
-            return time_steps(recipe, self.pairs, self.io.bar, most=most)
+            return time_steps(recipe, self.pairs, self.io.bar, left=left)
         return replace(timing, evaluation=timing.evaluation * len(val) / len(part))
 
     def _heads(self) -> None:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 from accelerate import PartialState
@@ -32,10 +33,11 @@ from clasp.commands.closed_form import (
     tuned_search_recipe,
 )
 from clasp.commands.disk_space import plan_run_features, require_room_for_features
-from clasp.commands.step_timing import time_closed_form
+from clasp.commands.step_timing import TIMED_STEPS, time_closed_form
 from clasp.config.auto_plan import (
     ALL_PAIRS_STAGE,
     CLOSED_FORM_STAGE,
+    FEWEST_STEPS,
     RIDGES,
     START_RIDGES,
     TUNED_CLOSED_FORM,
@@ -64,7 +66,12 @@ from clasp.training.warm_start import load_initial_weights
 _SEARCH_SHARE = 0.05  # of the minutes, for a search of closed forms once its features are cached
 _SHARE_WITHOUT_TUNING = 0.4  # of the time left, where tuning does not fit; the rest is for steps of the heads
 _MINUTES_FOR_ALL_LAYERS = 3  # their moments alone take a quarter of a minute
-_MINUTES_FOR_UPPER_HALF, _FEW_PAIRS = 1.5, 1024  # below both, the last layers: ridges and steps of heads are worth more
+_MINUTES_FOR_UPPER_HALF, _PAIRS_FOR_UPPER_HALF = (
+    1.5,
+    1024,
+)  # below both, the last layers: ridges and steps are worth more
+_COUNTED_CAPTIONS = 100  # pairs whose captions are counted
+_SMALL_BATCH = 64  # of a step of tuning: that of short ones, and fewer than that of others
 _TUNED_NUMBER = 2 + len(TUNINGS)
 TUNED_STAGE = f"{_TUNED_NUMBER}-{TUNED_CLOSED_FORM}"
 
@@ -116,7 +123,7 @@ class ClosedFormStages:
         pairs, minutes = len(self.pairs[0]), self.minutes or float("inf")
         if pairs < PAIRS_FOR_LAYERS and may_have_class_pairs(self.base):
             return "last"
-        if pairs < _FEW_PAIRS and minutes < _MINUTES_FOR_UPPER_HALF:
+        if pairs < _PAIRS_FOR_UPPER_HALF and minutes < _MINUTES_FOR_UPPER_HALF:
             return "last"
         return "upper half" if minutes < _MINUTES_FOR_ALL_LAYERS else "all"
 
@@ -132,7 +139,9 @@ class ClosedFormStages:
         if start:
             chosen, reason = choose_start(self._run(search, START_RIDGES, ()))
         else:
-            chosen, reason = choose_trial(self._run(search, RIDGES))
+            left = self._stages.left
+            share = _SHARE_WITHOUT_TUNING * (left.seconds or 0) if self.reason_against_steps(left) else 0.0
+            chosen, reason = choose_trial(self._run(search, RIDGES, share=share))
         if (left := self._stages.left.seconds) is not None and left < 0:
             reason += f"; the budget of {self._stages.budget} ended before it"
         self._stages.train(plan_closed_form(base, chosen.candidate, reason, name), search.heads(chosen.candidate))
@@ -174,13 +183,14 @@ class ClosedFormStages:
 
     def reason_against_steps(self, left: Left) -> str:
         """Why no step of tuning can fit, before one is timed: the features of all pairs follow, those of the tuned
-        towers. Where those of the frozen ones are no measure of the rest yet, steps take at least as long."""
-        features = self.plan.seconds_of_features
-        if self._few is None and left.seconds is not None and left.seconds < 2 * features:
-            return f"steps, and features of all pairs after them, about {features:,.0f} s each, do not fit into {left}"
-        if left.seconds is None or left.seconds >= features:
+        towers, and steps cost at least thrice the features of their pairs, of one of their captions each."""
+        features, pairs = self.plan.seconds_of_features, self.pairs[0]
+        captions = [len(pair.captions) for pair in islice(pairs, _COUNTED_CAPTIONS)]
+        steps = (TIMED_STEPS + FEWEST_STEPS) * min(_SMALL_BATCH, len(pairs) // 4)
+        seconds = 3 * features * steps / len(pairs) / max(1.0, sum(captions) / len(captions))
+        if left.seconds is None or left.seconds >= features + seconds:
             return ""
-        return f"features of all pairs, about {features:,.0f} s, do not fit into {left}"
+        return f"features of all pairs, about {features:,.0f} s, and the steps before them do not fit into {left}"
 
     def seconds_of_tuned(self, timing: StepTiming, tuning: Recipe) -> float:
         """The time that the closed form of towers tuned with a recipe will take, with its features."""
@@ -215,18 +225,22 @@ class ClosedFormStages:
         task = validation_task(*self.pairs, inputs)
         self.plan.primary = task.primary
         val, seconds = len(self.pairs[1]), time.monotonic() - began
-        self.plan.seconds_of_features = seconds * (len(self.pairs[0]) + val) / (len(train) + val)
+        seconds *= (len(self.pairs[0]) + val) / (len(train) + val)
+        self.plan.seconds_of_features = max(seconds, self.plan.seconds_of_features)  # of a warm cache they are none
+        self._stages.write()
         return begin_search(parts.model, recipe, sides, task, inputs)
 
     def _run(
-        self, search: ClosedFormSearch, ridges: Sequence[tuple[float, float]], widths: Sequence[int] = WIDTHS
+        self,
+        search: ClosedFormSearch,
+        ridges: Sequence[tuple[float, float]],
+        widths: Sequence[int] = WIDTHS,
+        share: float = 0.0,
     ) -> list[ClosedFormTrial]:
-        """Try candidates for a share of the minutes, each a row of the plan, the first with the seconds of the moments;
-        half as long is left for what follows."""
+        """Try candidates, each a row of the plan, the first with the seconds of the moments, for a share of the minutes
+        or ``share`` seconds, whichever is longer; half as long is left for what follows."""
         began, left = time.monotonic(), self._stages.left.seconds
-        share = float("inf") if self.minutes is None else _SEARCH_SHARE * 60 * self.minutes
-        if left is not None and self.reason_against_steps(Left(left, None)):
-            share = max(share, _SHARE_WITHOUT_TUNING * left)
+        share = float("inf") if self.minutes is None else max(share, _SEARCH_SHARE * 60 * self.minutes)
         limit = share if left is None else min(share, left - share / 2)
         trials = search.run(self.io.say, lambda: time.monotonic() - began > limit, ridges, widths)
         for place, trial in enumerate(trials):

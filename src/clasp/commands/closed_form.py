@@ -51,9 +51,7 @@ from clasp.types import ImageInput, MessageCallback, Pixels, PooledFeatures, Pro
 
 ValidationTask = RetrievalTask | MultilingualTask | ZeroShotTask
 SearchedLayers = Literal["all", "upper half", "last"]
-_FIRST_TRIALS = (
-    2  # that are made whatever the time: the last layers, and all; and the better of them without class pairs
-)
+_FIRST_TRIALS = 2  # made whatever the time: the last layers, and all
 PAIRS_FOR_LAYERS = 256
 """Training pairs from which more than the last layers are searched beside class pairs, whose lower layers are predicted
 from those of the training pairs. Flickr8k, mean recall on 250 held-out pairs, last layers against upper half: of 36
@@ -100,8 +98,8 @@ class ClosedFormSearch:
         ridges: Sequence[tuple[float, float]] = RIDGES,
         widths: Sequence[int] = WIDTHS,
     ) -> list[ClosedFormTrial]:
-        """Layers first, then the weight of class pairs with the best layers, the ridge, and the width; stops early when
-        ``out_of_time``. Without ``widths``, that of the search alone."""
+        """Layers first, then the weight of class pairs with the best layers (whatever the time, none), the ridge, and
+        the width; stops early when ``out_of_time``. Without ``widths``, that of the search alone."""
         trials: list[ClosedFormTrial] = []
         layers = self._layer_candidates(ridges[0])
         weights = CLASS_WEIGHTS if self._classes is not None and self.recipe.data.class_weight is None else ()

@@ -19,7 +19,7 @@ import torch
 from accelerate import PartialState
 
 from clasp.commands.run_context import resolve_recipe
-from clasp.config.auto_plan import StepTiming
+from clasp.config.auto_plan import FEWEST_STEPS, StepTiming
 from clasp.config.build import CacheFolders, build_feature_source, build_model_and_preprocessing
 from clasp.config.datasets import TrainValPairs
 from clasp.config.recipe import Recipe
@@ -32,25 +32,26 @@ from clasp.models.packed_weights import packed_weights
 from clasp.models.precision import computing_in, resolve_precision
 from clasp.plain_types import Precision
 from clasp.training.attention_kernel import use_attention_kernel
-from clasp.training.loop import FitCallbacks, fit
+from clasp.training.loop import BatchStream, FitCallbacks, fit
 from clasp.training.losses import build_loss
 from clasp.training.moments import WIDE
 from clasp.training.pooled_features import pool_inputs
 from clasp.training.warm_start import load_initial_weights
 from clasp.types import Batch, ProgressFactory
 
-_STEPS = 5  # the first ones, which choose a micro-batch and fill caches, are not counted
+TIMED_STEPS = 5  # the first ones, which choose a micro-batch and fill caches, are not counted
 _COUNTED = 3
+_OF_FIRST = 3  # how much longer the first may take
 _FEATURES = 96  # pairs whose features are timed
 _PRODUCT_ROWS = 512  # of the product that a closed form is timed by
 
 
 class SlowStepError(Exception):
-    """The first step took so long that no more are timed."""
+    """A step took so long that no more are timed. ``seconds``: of that step; ``steps``: how many would be worth it."""
 
-    def __init__(self, seconds: float):
-        super().__init__(f"the first step took {seconds:.2g} s")
-        self.seconds = seconds
+    def __init__(self, seconds: float, steps: int):
+        super().__init__(f"a step takes {seconds:.2g} s")
+        self.seconds, self.steps = seconds, steps
 
 
 def time_steps(
@@ -59,13 +60,13 @@ def time_steps(
     bar: ProgressFactory,
     *,
     cache: Path | None = None,
-    most: float = float("inf"),
+    left: float = float("inf"),
 ) -> StepTiming:
     """Median seconds of a step with its data, an evaluation, and the features of all pairs (0 where no tower is tuned);
     the steps of an epoch.
 
-    ``cache``: where features are cached; by default where those of runs are. ``most``: seconds of the first step, above
-    which it is the only one, and ``SlowStepError`` is raised.
+    ``cache``: where features are cached; by default where those of runs are. ``left``: seconds in which at least
+    ``FEWEST_STEPS``, or an epoch of fewer, have to fit; ``SlowStepError`` is raised at a step that says they do not.
     """
     train, val = pairs
     listing = PairIndex(train)
@@ -92,17 +93,17 @@ def time_steps(
         if inputs.frozen_text_part is not None:
             for texts in validation_texts(train, val):
                 inputs.text_features(texts)  # computed once in a run
-        few = _FirstBatches(batches, most)
+        began = time.perf_counter()
+        task(encoder)
+        evaluation = time.perf_counter() - began
+        few = _FirstBatches(batches, left)
         settings = resolved.train.model_copy(
-            update={"epochs": -(-_STEPS // len(few)), "max_steps": None, "select": "last"}
+            update={"epochs": -(-TIMED_STEPS // len(few)), "max_steps": None, "select": "last"}
         )
         kinds = parts.model.parameter_kinds
         callbacks = FitCallbacks(tracker=_NoTracker())
         if fit(parts.model, few, build_loss(recipe.loss), settings, callbacks, kinds=kinds).interrupted:
             raise KeyboardInterrupt
-        began = time.perf_counter()
-        task(encoder)
-        evaluation = time.perf_counter() - began
         features = 0.0
         if any(
             parameter.requires_grad
@@ -156,14 +157,14 @@ def time_closed_form(image: int, text: int, pairs: int) -> float:
 
 class _FirstBatches:
     """The first batches of an epoch, each timed from its request to the next: reading and step. Raises
-    ``SlowStepError`` where the first takes more than ``most`` seconds."""
+    ``SlowStepError`` where too few of them would fit into ``left`` seconds."""
 
-    def __init__(self, batches: PairLoader, most: float):
-        self._batches, self._most = batches, most
+    def __init__(self, batches: BatchStream, left: float):
+        self._batches, self._left, self._fewest = batches, left, min(FEWEST_STEPS, len(batches))
         self._cycles: list[float] = []
 
     def __len__(self) -> int:
-        return min(_STEPS, len(self._batches))
+        return min(TIMED_STEPS, len(self._batches))
 
     def epoch(self, number: int, start: int = 0) -> Iterator[Batch]:
         began = time.perf_counter()
@@ -171,8 +172,9 @@ class _FirstBatches:
             yield batch
             ended = time.perf_counter()
             self._cycles.append(ended - began)
-            if self._cycles[0] > self._most:
-                raise SlowStepError(self._cycles[0])
+            fill = _OF_FIRST if len(self._cycles) == 1 else 1
+            if self._cycles[-1] * self._fewest > fill * self._left:
+                raise SlowStepError(self._cycles[-1], self._fewest)
             began = ended
 
     @property

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from clasp.models.classifier import Classifier
@@ -64,12 +64,18 @@ class Standardize(nn.Module):
         """Deviation of each standardised feature, ``[D + C]``; set by ``fit`` where a layer has one factor, not saved.
         ``None``: 1 each"""
 
-    def fit(self, pooled: Float[Tensor, "n D"]) -> None:
+    def fit(self, pooled: Float[Tensor, "n D"], counts: Int[Tensor, " n"] | None = None) -> None:
         """Initialise so that the features of ``pooled`` get mean 0 and deviation 1, each or on average over a layer.
 
-        Near-constant features are not blown up.
+        ``counts``: how often each row counts. Near-constant features are not blown up.
         """
-        variance, mean = torch.var_mean(self._features(pooled).double(), dim=0, correction=0)
+        features = self._features(pooled).double()
+        if counts is None or bool((counts == 1).all()):
+            variance, mean = torch.var_mean(features, dim=0, correction=0)
+        else:
+            share = (counts / counts.sum()).to(features)
+            mean = share @ features
+            variance = share @ (features - mean).square()
         deviation = torch.cat([block.mean().sqrt().expand(len(block)) for block in variance.split(self._blocks)])
         factor = 1 / deviation.clamp(min=1e-3 * float(deviation.median()) + 1e-12)
         with torch.no_grad():

@@ -4,7 +4,7 @@ Input: the environment that ``torchrun`` sets (``RANK``, ``WORLD_SIZE``, …). O
 DistributedDataParallel. Gradients of the trainable parameters, which are few, are summed once after the backward pass
 (``sum_gradients``); the loss of the whole batch is in ``training.batch_parts``. Collectives of a step have a time-out
 of minutes, those that wait for the work of other processes (evaluation, feature cache) one of a day; a process that has
-ended is noticed at once by either.
+ended is noticed at once by either; while they connect, after the minutes of a step at most.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, NoReturn, TypeVar
@@ -22,6 +22,7 @@ import torch.distributed as dist
 from accelerate import PartialState
 from jaxtyping import Shaped
 from torch import Tensor
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from clasp.training.interrupt import INTERRUPTED_EXIT_CODE
 from clasp.types import UserError
@@ -229,23 +230,26 @@ class Processes:
                 dist.broadcast(copied, 0)
                 tensor.copy_(copied)
 
-    def _answered(self, timeout: timedelta) -> AbstractContextManager[None]:
+    @contextmanager
+    def _answered(self, timeout: timedelta) -> Iterator[None]:
         """Turns the error of a collective into one line."""
-        return _answers(self.rank, self.size, f"did not answer for {timeout.total_seconds() / 60:.0f} minutes")
+        with _lost_process(
+            f"process {self.rank} of {self.size} ends, since another has ended, or did not answer for "
+            f"{timeout.total_seconds() / 60:.0f} minutes; the error of that one is the reason",
+            "a run that has begun goes on with clasp resume",
+        ):
+            yield
 
 
 @contextmanager
-def _answers(rank: int, size: int, otherwise: str) -> Iterator[None]:
+def _lost_process(said: str, advice: str) -> Iterator[None]:
+    """Turns errors of torch.distributed into ``LostProcessError``, with their text between ``said`` and ``advice``."""
     try:
         yield
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
-        raise LostProcessError(
-            f"process {rank} of {size} ends, since another has ended, or {otherwise}; the error of that one is the "
-            f"reason ({reason}); a run that has begun goes on with clasp resume"
-        ) from error
+        raise LostProcessError(f"{said} ({' '.join(str(error).split())[:200]}); {advice}") from error
 
 
 def _this_device() -> torch.device:
@@ -305,10 +309,14 @@ def connect(rank: int, size: int, *, gpus: bool, meeting: str = "env://") -> dis
 
     Raises ``LostProcessError`` where another process ends before all are connected.
     """
-    with _answers(rank, size, f"did not connect for {STEP_TIMEOUT.total_seconds() / 60:.0f} minutes"):
+    with _lost_process(
+        f"process {rank} of {size} cannot connect with the others: one has ended, did not start within "
+        f"{STEP_TIMEOUT.total_seconds() / 60:.0f} minutes, or cannot be reached",
+        "the same command starts them anew",
+    ):
         backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
         dist.init_process_group(backend, meeting, timeout=STEP_TIMEOUT, rank=rank, world_size=size)
         waiting = dist.new_group(backend="gloo", timeout=STEP_TIMEOUT)
     assert isinstance(waiting, dist.ProcessGroup), "this process is in the group of all"
-    waiting.set_timeout(WAIT_TIMEOUT)  # only now: it is also how long one waits for the others to connect
+    _set_pg_timeout(WAIT_TIMEOUT, waiting)  # only now: it is also how long one waits for the others to connect
     return waiting

@@ -90,11 +90,16 @@ def standardize_of_pairs(
     return made
 
 
+@torch.no_grad()
 def _fit_standardize(both: tuple[Standardize, Standardize], pooled: PairFeatures, index: PairIndex) -> None:
     most = _MAX_CAPTIONS_CACHED if pooled.cached else _MAX_CAPTIONS_LIVE
-    some = zip(*pooled.every_caption(_evenly_spaced(index, most)), strict=True)
-    for standardize, parts in zip(both, some, strict=True):
-        standardize.fit(torch.cat(parts))
+    images, counts, texts = [], [], []
+    for part in pooled.every_image(_evenly_spaced(index, most)):
+        images.append(part.images)
+        counts.append(part.counts)
+        texts += [text for _, text in part.captions]
+    both[0].fit(torch.cat(images), torch.from_numpy(np.concatenate(counts)))
+    both[1].fit(torch.cat(texts))
 
 
 @dataclass(frozen=True)
@@ -129,8 +134,12 @@ def standardized_moments(model: DualEncoder, sides: BatchReader, tally: BadSampl
     """The moments of every caption with its image, standardised as the heads of ``model`` do."""
     image, text = model.image_head.standardize, model.text_head.standardize
     assert image is not None and text is not None and isinstance(sides.pairs, PairIndex)
-    pooled = PairFeatures(model, sides, sides.pairs, tally).every_caption(np.arange(len(sides.pairs)))
-    return PairMoments.of((image(images), text(texts)) for images, texts in pooled)
+    pooled = PairFeatures(model, sides, sides.pairs, tally)
+    moments = PairMoments.empty(len(image.scale), len(text.scale), image.scale.device)
+    for part in pooled.every_image(np.arange(len(sides.pairs))):
+        texts = ((rows, text(values)) for rows, values in part.captions)
+        moments.add_captions(image(part.images), torch.from_numpy(part.counts).to(image.scale.device), texts)
+    return moments
 
 
 def initialize_low_rank(

@@ -68,6 +68,29 @@ class PairMoments:
         for total, left, right in ((self.image_image, wx, x), (self.image_text, wx, y), (self.text_text, wy, y)):
             total += left.T @ right
 
+    def add_captions(
+        self,
+        image: Float[Tensor, "B Di"],
+        counts: Int[Tensor, " B"],
+        texts: Iterable[tuple[Int[Tensor, " k"], Float[Tensor, "k Dt"]]],
+    ) -> None:
+        """Add images with ``counts`` texts each, every text a pair of weight 1; ``texts`` in parts, with the rows of
+        their images, each at most once in a part. Products of an image are computed once: the same sums as by ``add``,
+        in another order, and bitwise those of ``add`` where each has one text."""
+        dtype = torch.float32 if max(image.shape[1], len(self.text)) > WIDE else torch.float64
+        x = image.to(dtype)
+        of_image = torch.zeros(len(x), len(self.text), dtype=dtype, device=x.device)
+        for rows, text in texts:
+            y = text.to(dtype)
+            of_image[rows] += y
+            self.text += y.double().sum(0)
+            self.text_text += y.T @ y
+        wx = x if bool((counts == 1).all()) else counts.to(x)[:, None] * x
+        self.weight += float(counts.sum())
+        self.image += wx.double().sum(0)
+        self.image_image += wx.T @ x
+        self.image_text += x.T @ of_image
+
     def select(self, image: Int[Tensor, " di"], text: Int[Tensor, " dt"]) -> PairMoments:
         """The moments of some columns of either side."""
         return PairMoments(

@@ -1,12 +1,13 @@
 """Pooled features of both towers for chosen training pairs, cached or computed.
 
-Input: the readers of both sides and pair numbers. Output: aligned features, each caption once with its image. Note:
-unreadable images are counted and left out with their captions.
+Input: the readers of both sides and pair numbers. Output: aligned features, or each
+image once with its captions. Note: unreadable images are counted and left out with their captions.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -20,6 +21,18 @@ from clasp.data.readers import PairIndex, SampleIndices
 from clasp.models.dual_encoder import DualEncoder
 from clasp.models.tower import Tower
 from clasp.types import ImageInput, PooledFeatures, TextInput
+
+_PAIRS_AT_ONCE, _PAIRS_IN_A_READ = 4096, 256
+
+
+@dataclass(frozen=True, slots=True)
+class ImagesWithCaptions:
+    """Images with all of their captions: ``counts`` of them, and ``captions`` in parts with at most one of an image, by
+    their rows in ``images``; they are read while they are iterated."""
+
+    images: Float[Tensor, "m Di"]
+    counts: Int[np.ndarray, " m"]
+    captions: Iterator[tuple[Int[Tensor, " k"], Float[Tensor, "k Dt"]]]
 
 
 class PairFeatures:
@@ -36,33 +49,50 @@ class PairFeatures:
             isinstance(text, CachedTextReader) and text.features.pooled
         )
 
-    def every_caption(
-        self, pairs: Int[np.ndarray, " n"]
-    ) -> Iterator[tuple[Float[Tensor, "m Di"], Float[Tensor, "m Dt"]]]:
-        """Each caption of these pairs once, with its image."""
-        captions = np.diff(self.index.caption_offsets)[pairs]
-        for draw in range(int(captions.max())):
-            numbers = pairs[captions > draw]
-            for part in np.array_split(numbers, -(-len(numbers) // 4096)):
-                yield self.rows(part, draw)
+    def every_image(self, pairs: Int[np.ndarray, " n"]) -> Iterator[ImagesWithCaptions]:
+        """Each pair that can be read once, with all of its captions: an image is read once, whatever their number."""
+        for part in np.array_split(pairs, -(-len(pairs) // _PAIRS_AT_ONCE)):
+            kept, images = self._images(part)
+            if len(kept):
+                yield ImagesWithCaptions(images, np.diff(self.index.caption_offsets)[kept], self._captions(kept))
 
     def rows(self, numbers: Int[np.ndarray, " n"], draw: int) -> tuple[Float[Tensor, "m Di"], Float[Tensor, "m Dt"]]:
         """Aligned features of those of the pairs that can be read, each with its caption number ``draw``."""
-        images, texts = [], []
-        for start in range(0, len(numbers), 256):
-            part = numbers[start : start + 256]
-            picks = SampleIndices(part, np.full(len(part), draw), np.zeros(len(part), dtype=np.int64))
+        kept, images = self._images(numbers)
+        return images, self._texts(kept, draw)
+
+    def _images(self, numbers: Int[np.ndarray, " n"]) -> tuple[Int[np.ndarray, " m"], Float[Tensor, "m Di"]]:
+        """Those of the pairs whose images can be read, and the features of these."""
+        kept, images = [numbers[:0]], [self._none(self.model.image)]
+        for part in _in_reads(numbers):
+            picks = SampleIndices(part, np.zeros(len(part), np.int64), np.zeros(len(part), np.int64))
             read = self.sides.image(picks, self.index.__getitem__)
             self.tally.add(read.skipped)
             if read.kept:
+                kept.append(part[read.kept])
                 images.append(pool_inputs(self.model.image, read.inputs))
-                text = self.sides.text(picks[read.kept], self.index.__getitem__).inputs
-                texts.append(pool_inputs(self.model.text, text))
-        if not images:
-            device = next(self.model.parameters()).device
-            image, text = self.model.image, self.model.text
-            return torch.empty(0, image.width, device=device), torch.empty(0, text.width, device=device)
-        return torch.cat(images), torch.cat(texts)
+        return np.concatenate(kept), torch.cat(images[1:] or images)
+
+    def _texts(self, numbers: Int[np.ndarray, " m"], draw: int) -> Float[Tensor, "m Dt"]:
+        texts = [self._none(self.model.text)]
+        for part in _in_reads(numbers):
+            picks = SampleIndices(part, np.full(len(part), draw), np.zeros(len(part), np.int64))
+            texts.append(pool_inputs(self.model.text, self.sides.text(picks, self.index.__getitem__).inputs))
+        return torch.cat(texts[1:] or texts)
+
+    def _captions(self, numbers: Int[np.ndarray, " m"]) -> Iterator[tuple[Int[Tensor, " k"], Float[Tensor, "k Dt"]]]:
+        captions = np.diff(self.index.caption_offsets)[numbers]
+        for draw in range(int(captions.max())):
+            rows = np.flatnonzero(captions > draw)
+            yield torch.from_numpy(rows), self._texts(numbers[rows], draw)
+
+    def _none(self, tower: Tower) -> Float[Tensor, "0 D"]:
+        return torch.empty(0, tower.width, device=next(self.model.parameters()).device)
+
+
+def _in_reads(numbers: Int[np.ndarray, " n"]) -> Iterator[Int[np.ndarray, " m"]]:
+    for start in range(0, len(numbers), _PAIRS_IN_A_READ):
+        yield numbers[start : start + _PAIRS_IN_A_READ]
 
 
 @torch.no_grad()
