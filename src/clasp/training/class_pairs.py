@@ -48,7 +48,7 @@ class WeightedClassPairs:
     def __str__(self) -> str:
         return (
             f"class pairs: {self.pairs.classes:,} classes ({self.source}), {len(self.pairs.texts):,} names and "
-            f"definitions; a class counts as {self.weight:g} training pairs"
+            f"definitions; a class counts as {self.weight:g} training pair{'' if self.weight == 1 else 's'}"
         )
 
 
