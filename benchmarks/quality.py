@@ -90,7 +90,7 @@ def run_clasp(work: Path, given: argparse.Namespace, precision: str, minutes: fl
         f"data.train={work / 'train.jsonl'} data.val={work / 'val.jsonl'}"
     )
     command = [sys.executable, "-c", _CLASP, "train", given.recipe, *settings.split(), *given.set, *options]
-    name = f"clasp train {given.recipe}" + (f", {minutes:g} minutes" if auto else "")
+    name = f"clasp train {given.recipe}" + (f" --minutes {minutes:g}" if auto else "")
     shutil.rmtree(work / "cache", ignore_errors=True)
     return _follow(name, [*command, "--runs", str(work), "--name", run.name], work, run.rglob)
 
