@@ -73,7 +73,7 @@ WRONG_OVERRIDES = {
     "head.power=[0, 1]": ["head.power", "greater than 0"],
     "head.class_probabilities=true": ["class_probabilities = true", "standardize = 'layer'"],
     "head.correlation_power=[0.5, 1.5]": ["correlation_power = [0.5, 1.5]", "init = 'cca'", "init = 'random'"],
-    "head.correlation_power=[-1, 1]": ["head.correlation_power", "greater than or equal to 0"],
+    "head.correlation_power=[0, 1]": ["head.correlation_power", "greater than or equal to 0.25"],
     "head.mean_shrinkage=0.5": ["mean_shrinkage = 0.5", "standardize = 'layer' and init = 'cca'", "init = 'random'"],
     "head.mean_shrinkage=2": ["head.mean_shrinkage", "less than or equal to 1"],
     "head.init=cca": ["head.init = 'cca'", "head.standardize = true"],

@@ -116,11 +116,12 @@ def _paths() -> dict[str, tuple[PairMoments, int | None, int]]:
     return {
         "dense": (PairMoments.of([(x, y)]), None, 10_000),
         "wide": (PairMoments.of([(x, y)]), None, 4),
+        "wide texts": (PairMoments.of([(y, x)]), None, 4),
         "few": (PairMoments.of([few]), 20, 10_000),
     }
 
 
-@pytest.mark.parametrize("path", ["dense", "wide", "few"])
+@pytest.mark.parametrize("path", ["dense", "wide", "wide texts", "few"])
 def test_powers_weight_the_directions_of_each_side(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     moments, rows, wide = _paths()[path]
     monkeypatch.setattr(closed_form, "WIDE", wide)

@@ -205,13 +205,12 @@ class _Climb:
         """The time of a recipe that tunes towers, its evaluation from that of a part of many validation pairs. Raises
         ``SlowStepError`` where a step says that no stage of tuning fits."""
         train, val = self.pairs
-        part, left = limit_pairs(val, _TIMED_VALIDATION), self._stages.left.seconds
-        left = float("inf") if left is None else left
+        part = limit_pairs(val, _TIMED_VALIDATION)
         try:
             require_validation(train, part)
-            timing = time_steps(recipe, (train, part), self.io.bar, left=left)
+            timing = time_steps(recipe, (train, part), self.io.bar, left=self._stages.left.seconds or float("inf"))
         except UserError:  # the part may have one class alone, or too few images that can be read
-            return time_steps(recipe, self.pairs, self.io.bar, left=left)
+            return time_steps(recipe, self.pairs, self.io.bar, left=self._stages.left.seconds or float("inf"))
         return replace(timing, evaluation=timing.evaluation * len(val) / len(part))
 
     def _heads(self) -> None:

@@ -66,10 +66,8 @@ from clasp.training.warm_start import load_initial_weights
 _SEARCH_SHARE = 0.05  # of the minutes, for a search of closed forms once its features are cached
 _SHARE_WITHOUT_TUNING = 0.4  # of the time left, where tuning does not fit; the rest is for steps of the heads
 _MINUTES_FOR_ALL_LAYERS = 3  # their moments alone take a quarter of a minute
-_MINUTES_FOR_UPPER_HALF, _PAIRS_FOR_UPPER_HALF = (
-    1.5,
-    1024,
-)  # below both, the last layers: ridges and steps are worth more
+_MINUTES_FOR_UPPER_HALF = 1.5  # below, for fewer pairs than these, the last layers: ridges and steps are worth more
+_PAIRS_FOR_UPPER_HALF = 1024
 _COUNTED_CAPTIONS = 100  # pairs whose captions are counted
 _SMALL_BATCH = 64  # of a step of tuning: that of short ones, and fewer than that of others
 _TUNED_NUMBER = 2 + len(TUNINGS)
@@ -98,6 +96,9 @@ class ClosedFormStages:
         self.base, self.pairs, self.plan, self.io, self._stages = base, pairs, plan, callbacks, stages
         self.minutes = stages.budget.minutes
         self._few = few_pairs(self.minutes, len(pairs[0]))
+        self._earlier_features = (
+            plan.seconds_of_features
+        )  # of a session that was killed: those of a warm cache are none
 
     @property
     def kept(self) -> str:
@@ -225,8 +226,10 @@ class ClosedFormStages:
         task = validation_task(*self.pairs, inputs)
         self.plan.primary = task.primary
         val, seconds = len(self.pairs[1]), time.monotonic() - began
-        seconds *= (len(self.pairs[0]) + val) / (len(train) + val)
-        self.plan.seconds_of_features = max(seconds, self.plan.seconds_of_features)  # of a warm cache they are none
+        if features is None:
+            seconds *= (len(self.pairs[0]) + val) / (len(train) + val)
+            self.plan.seconds_of_features = max(seconds, self._earlier_features)
+            self._earlier_features = 0.0
         self._stages.write()
         return begin_search(parts.model, recipe, sides, task, inputs)
 

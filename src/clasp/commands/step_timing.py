@@ -68,6 +68,7 @@ def time_steps(
     ``cache``: where features are cached; by default where those of runs are. ``left``: seconds in which at least
     ``FEWEST_STEPS``, or an epoch of fewer, have to fit; ``SlowStepError`` is raised at a step that says they do not.
     """
+    entered = time.perf_counter()
     train, val = pairs
     listing = PairIndex(train)
     parts = build_model_and_preprocessing(recipe, lambda: listing.texts)
@@ -96,7 +97,7 @@ def time_steps(
         began = time.perf_counter()
         task(encoder)
         evaluation = time.perf_counter() - began
-        few = _FirstBatches(batches, left)
+        few = _FirstBatches(batches, left - (began - entered) - 2 * evaluation)  # another follows the steps of a stage
         settings = resolved.train.model_copy(
             update={"epochs": -(-TIMED_STEPS // len(few)), "max_steps": None, "select": "last"}
         )

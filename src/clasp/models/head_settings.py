@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, model_validator
 
 _Power = Annotated[float, Field(gt=0, le=1)]
-_CorrelationPower = Annotated[float, Field(ge=0, le=8)]
+_CorrelationPower = Annotated[float, Field(ge=0.25, le=8)]  # a lower one lets in directions that are noise
 
 
 class HeadSettings(BaseModel):

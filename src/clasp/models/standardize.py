@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from clasp.models.classifier import Classifier
 
+_ROWS_AT_ONCE = 4096  # of a float64 copy
+
 
 class ClassProbabilities(nn.Module):
     """``softmax(W x + b)`` of a classifier that was pre-trained on some columns of the pooled features."""
@@ -74,8 +76,9 @@ class Standardize(nn.Module):
             variance, mean = torch.var_mean(features, dim=0, correction=0)
         else:
             share = (counts / counts.sum()).to(features)
-            mean = share @ features
-            variance = share @ (features - mean).square()
+            mean, variance = share @ features, torch.zeros_like(features[0])
+            for part, of_part in zip(share.split(_ROWS_AT_ONCE), features.split(_ROWS_AT_ONCE), strict=True):
+                variance += part @ (of_part - mean).square()
         deviation = torch.cat([block.mean().sqrt().expand(len(block)) for block in variance.split(self._blocks)])
         factor = 1 / deviation.clamp(min=1e-3 * float(deviation.median()) + 1e-12)
         with torch.no_grad():

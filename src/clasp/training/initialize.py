@@ -98,6 +98,9 @@ def _fit_standardize(both: tuple[Standardize, Standardize], pooled: PairFeatures
         images.append(part.images)
         counts.append(part.counts)
         texts += [text for _, text in part.captions]
+    if not images:
+        named = ", ".join(f"{name} ({reason})" for name, reason in list(pooled.tally.found.items())[:10])
+        raise UserError(f"none of the images that the heads are initialised from can be read: {named}")
     both[0].fit(torch.cat(images), torch.from_numpy(np.concatenate(counts)))
     both[1].fit(torch.cat(texts))
 

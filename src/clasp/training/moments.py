@@ -75,14 +75,14 @@ class PairMoments:
         texts: Iterable[tuple[Int[Tensor, " k"], Float[Tensor, "k Dt"]]],
     ) -> None:
         """Add images with ``counts`` texts each, every text a pair of weight 1; ``texts`` in parts, with the rows of
-        their images, each at most once in a part. Products of an image are computed once: the same sums as by ``add``,
-        in another order, and bitwise those of ``add`` where each has one text."""
+        their images. Products of an image are computed once: the same sums as by ``add``, in another order, and bitwise
+        those of ``add`` where each image has one text."""
         dtype = torch.float32 if max(image.shape[1], len(self.text)) > WIDE else torch.float64
         x = image.to(dtype)
         of_image = torch.zeros(len(x), len(self.text), dtype=dtype, device=x.device)
         for rows, text in texts:
             y = text.to(dtype)
-            of_image[rows] += y
+            of_image.index_add_(0, rows.to(y.device), y)
             self.text += y.double().sum(0)
             self.text_text += y.T @ y
         wx = x if bool((counts == 1).all()) else counts.to(x)[:, None] * x

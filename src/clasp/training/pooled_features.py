@@ -1,7 +1,7 @@
 """Pooled features of both towers for chosen training pairs, cached or computed.
 
-Input: the readers of both sides and pair numbers. Output: aligned features, or each
-image once with its captions. Note: unreadable images are counted and left out with their captions.
+Input: the readers of both sides and pair numbers. Output: aligned features, or each image once with its captions. Note:
+unreadable images are counted and left out with their captions.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ _PAIRS_AT_ONCE, _PAIRS_IN_A_READ = 4096, 256
 
 @dataclass(frozen=True, slots=True)
 class ImagesWithCaptions:
-    """Images with all of their captions: ``counts`` of them, and ``captions`` in parts with at most one of an image, by
-    their rows in ``images``; they are read while they are iterated."""
+    """Images with all of their captions: ``counts`` of them, and ``captions`` in parts, each with the row of its image;
+    they are read while they are iterated."""
 
     images: Float[Tensor, "m Di"]
     counts: Int[np.ndarray, " m"]
@@ -54,12 +54,13 @@ class PairFeatures:
         for part in np.array_split(pairs, -(-len(pairs) // _PAIRS_AT_ONCE)):
             kept, images = self._images(part)
             if len(kept):
-                yield ImagesWithCaptions(images, np.diff(self.index.caption_offsets)[kept], self._captions(kept))
+                counts = self.index.caption_offsets[kept + 1] - self.index.caption_offsets[kept]
+                yield ImagesWithCaptions(images, counts, self._captions(kept, counts))
 
     def rows(self, numbers: Int[np.ndarray, " n"], draw: int) -> tuple[Float[Tensor, "m Di"], Float[Tensor, "m Dt"]]:
         """Aligned features of those of the pairs that can be read, each with its caption number ``draw``."""
         kept, images = self._images(numbers)
-        return images, self._texts(kept, draw)
+        return images, self._texts(kept, np.full(len(kept), draw))
 
     def _images(self, numbers: Int[np.ndarray, " n"]) -> tuple[Int[np.ndarray, " m"], Float[Tensor, "m Di"]]:
         """Those of the pairs whose images can be read, and the features of these."""
@@ -73,18 +74,23 @@ class PairFeatures:
                 images.append(pool_inputs(self.model.image, read.inputs))
         return np.concatenate(kept), torch.cat(images[1:] or images)
 
-    def _texts(self, numbers: Int[np.ndarray, " m"], draw: int) -> Float[Tensor, "m Dt"]:
+    def _texts(self, numbers: Int[np.ndarray, " m"], draws: Int[np.ndarray, " m"]) -> Float[Tensor, "m Dt"]:
         texts = [self._none(self.model.text)]
-        for part in _in_reads(numbers):
-            picks = SampleIndices(part, np.full(len(part), draw), np.zeros(len(part), np.int64))
+        for rows in _in_reads(np.arange(len(numbers))):
+            picks = SampleIndices(numbers[rows], draws[rows], np.zeros(len(rows), np.int64))
             texts.append(pool_inputs(self.model.text, self.sides.text(picks, self.index.__getitem__).inputs))
         return torch.cat(texts[1:] or texts)
 
-    def _captions(self, numbers: Int[np.ndarray, " m"]) -> Iterator[tuple[Int[Tensor, " k"], Float[Tensor, "k Dt"]]]:
-        captions = np.diff(self.index.caption_offsets)[numbers]
-        for draw in range(int(captions.max())):
-            rows = np.flatnonzero(captions > draw)
-            yield torch.from_numpy(rows), self._texts(numbers[rows], draw)
+    def _captions(
+        self, numbers: Int[np.ndarray, " m"], counts: Int[np.ndarray, " m"]
+    ) -> Iterator[tuple[Int[Tensor, " k"], Float[Tensor, "k Dt"]]]:
+        """All captions of these pairs, the first of each, then the second, and so on, in full parts."""
+        rows = np.repeat(np.arange(len(numbers)), counts)
+        draws = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
+        order = np.argsort(draws, kind="stable")
+        for start in range(0, len(rows), _PAIRS_AT_ONCE):
+            part = order[start : start + _PAIRS_AT_ONCE]
+            yield torch.from_numpy(rows[part]), self._texts(numbers[rows[part]], draws[part])
 
     def _none(self, tower: Tower) -> Float[Tensor, "0 D"]:
         return torch.empty(0, tower.width, device=next(self.model.parameters()).device)
