@@ -447,12 +447,7 @@ def test_no_step_is_timed_where_features_of_all_pairs_do_not_fit(
 
 @pytest.mark.parametrize(
     ("captions", "left", "timed"),
-    [
-        (
-            1,
-            Left(30.0, None),
-            False,
-        ),  # a step of 5 pairs costs 15 times the features of a pair: 13 of them 20 s × 195 / 20
+    [  # features of 20 pairs take 20 s, a step of 5 pairs 15 s, and 13 steps 195 s
         (1, Left(214.0, None), False),
         (1, Left(216.0, None), True),
         (5, Left(58.0, None), False),
@@ -486,7 +481,7 @@ def test_the_layers_of_a_search_are_by_minutes_and_pairs(
 
 
 class FourBatches:
-    """Of an epoch."""
+    """The batches of an epoch of four steps."""
 
     def __len__(self) -> int:
         return 4

@@ -43,6 +43,7 @@ from clasp.config.run_plan import hash_pairs
 from clasp.data.folder_lock import lock_folder, require_unlocked
 from clasp.data.formats.setting_hints import RECIPE_HINTS
 from clasp.data.missing_images import require_images
+from clasp.data.pairs import Pairs
 from clasp.data.readers import PairIndex
 from clasp.data.sample_size import few_validation_pairs
 from clasp.errors import counted
@@ -206,11 +207,16 @@ class _Climb:
         ``SlowStepError`` where a step says that no stage of tuning fits."""
         train, val = self.pairs
         part = limit_pairs(val, _TIMED_VALIDATION)
+
+        def timed_with(some: Pairs) -> StepTiming:
+            left = self._stages.left.seconds
+            return time_steps(recipe, (train, some), self.io.bar, left=float("inf") if left is None else left)
+
         try:
             require_validation(train, part)
-            timing = time_steps(recipe, (train, part), self.io.bar, left=self._stages.left.seconds or float("inf"))
+            timing = timed_with(part)
         except UserError:  # the part may have one class alone, or too few images that can be read
-            return time_steps(recipe, self.pairs, self.io.bar, left=self._stages.left.seconds or float("inf"))
+            return timed_with(val)
         return replace(timing, evaluation=timing.evaluation * len(val) / len(part))
 
     def _heads(self) -> None:

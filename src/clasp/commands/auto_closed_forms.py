@@ -96,9 +96,8 @@ class ClosedFormStages:
         self.base, self.pairs, self.plan, self.io, self._stages = base, pairs, plan, callbacks, stages
         self.minutes = stages.budget.minutes
         self._few = few_pairs(self.minutes, len(pairs[0]))
-        self._earlier_features = (
-            plan.seconds_of_features
-        )  # of a session that was killed: those of a warm cache are none
+        # of a session that was killed: with its features cached, this one would measure none
+        self._earlier_features = plan.seconds_of_features
 
     @property
     def kept(self) -> str:
@@ -185,11 +184,13 @@ class ClosedFormStages:
     def reason_against_steps(self, left: Left) -> str:
         """Why no step of tuning can fit, before one is timed: the features of all pairs follow, those of the tuned
         towers, and steps cost at least thrice the features of their pairs, of one of their captions each."""
+        if left.seconds is None:
+            return ""
         features, pairs = self.plan.seconds_of_features, self.pairs[0]
         captions = [len(pair.captions) for pair in islice(pairs, _COUNTED_CAPTIONS)]
         steps = (TIMED_STEPS + FEWEST_STEPS) * min(_SMALL_BATCH, len(pairs) // 4)
         seconds = 3 * features * steps / len(pairs) / max(1.0, sum(captions) / len(captions))
-        if left.seconds is None or left.seconds >= features + seconds:
+        if left.seconds >= features + seconds:
             return ""
         return f"features of all pairs, about {features:,.0f} s, and the steps before them do not fit into {left}"
 
