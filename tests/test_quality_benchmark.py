@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 from benchmarks.class_photos import open_split, write_splits
-from benchmarks.quality import Curve, Outcome, Point, _follow
+from benchmarks.harness import Measured
+from benchmarks.quality import _follow, choose_rate
+from benchmarks.quality_page import Curve, Outcome, Point, Race
 
 from clasp.data.pairs import open_pairs
 from clasp.types import UserError
@@ -52,14 +54,26 @@ def curve(name: str, *points: tuple[float, float]) -> Curve:
 def test_the_time_to_the_quality_of_the_peer():
     short = curve("clasp, 1 minutes", (10, 0.1), (60, 0.35), (90, 0.3))
     ours = [short, curve("clasp, 5 minutes", (100, 0.2), (300, 0.42))]
-    peers = {lr: curve(f"peer, lr {lr:g}", (30, 0.01), (600, top1)) for lr, top1 in ((1e-3, 0.2), (3e-3, 0.33))}
+    peers = {lr: curve(f"peer, lr {lr:g}", (30, 0.01), (400, top1)) for lr, top1 in ((1e-3, 0.2), (3e-3, 0.33))}
     assert short.best_so_far("top1") == [0.1, 0.35, 0.35]
-    outcome = Outcome(ours, peers, 3e-3, {}, "")
-    assert [row.ratio for row in outcome.rows()] == [60 / 600] * 2 and outcome.rows()[0].verdict == "reached"
+    outcome = Outcome([Race(0, ours, peers)], 3e-3, 600, "")
+    assert [row.ratio for row in outcome.rows()] == [60 / 600, 60 / 400] * 2 and outcome.rows()[0].verdict == "reached"
     assert outcome.rows()[0].note == "clasp, 1 minutes", "the first of ours to reach it"
-    assert "| peer, lr 0.003 (chosen) | 600 | 33.0 | 66.0 |" in outcome.markdown()
-    (never, _) = Outcome([curve("clasp", (10, 0.1))], peers, 3e-3, {}, "").rows()
+    assert "| 0 | peer, lr 0.003 (chosen) | 400 | 33.0 | 66.0 |" in outcome.markdown()
+    (never, *_) = Outcome([Race(0, [curve("clasp", (10, 0.1))], peers)], 3e-3, 600, "").rows()
     assert never.verdict == "**missed**" and never.note == "not reached: 10.0 % at most"
+
+
+def test_races_of_several_seeds():
+    """Each has its own quality and times; the rows take medians, and the rate is the best on average."""
+    first = Race(0, [curve("clasp", (50, 0.4))], {0.1: curve("a", (100, 0.4)), 0.2: curve("b", (100, 0.1))})
+    second = Race(1, [curve("clasp", (80, 0.2), (90, 0.3))], {0.1: curve("a", (300, 0.3)), 0.2: curve("b", (9, 0.39))})
+    assert choose_rate([first, second]) == 0.1 and choose_rate([second]) == 0.2
+    outcome = Outcome([first, second], 0.1, 600, "")
+    (total, there, *_) = outcome.rows()
+    assert (total.ours.values, there.ours.values, there.theirs) == ((50, 90), (50, 90), Measured("", (100, 300)))
+    assert total.ratio == 70 / 600 and there.ratio == 70 / 200 and "40.0, 30.0 %" in total.work
+    assert "| 1 | a (chosen) | 300 | 30.0 | 60.0 |" in outcome.markdown()
 
 
 def test_logs_are_read_while_they_are_written(tmp_path: Path):
