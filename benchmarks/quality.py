@@ -132,7 +132,7 @@ def compare(given: argparse.Namespace, work: Path) -> Outcome:
     """Races of both sides on the same pairs, one run after the other; then the test photos."""
     pairs, test = (open_pairs(source) for source in (given.pairs, given.test))
     precision = detect_precision(torch.device("cpu")).precision
-    races = []
+    races, sizes = list[Race](), dict[str, int]()
     for seed in given.seeds:
         folder = work / f"seed-{seed}"
         sizes = class_photos.write_splits(pairs, test, folder, label=given.label, template=given.template)
