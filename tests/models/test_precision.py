@@ -23,6 +23,7 @@ from clasp.models.frozen import FrozenPrefix, FrozenTower
 from clasp.models.head_settings import HeadSettings
 from clasp.models.image_side import ImageSide
 from clasp.models.inference import EmbeddingModel, EncoderPrecision
+from clasp.models.plain_attention import plain_attention_everywhere
 from clasp.models.precision import PrecisionChoice, detect_precision, resolve_precision
 from clasp.models.tower import Tower
 from clasp.models.tuning.spec import freeze_except
@@ -117,6 +118,14 @@ def test_features_in_two_precisions_are_two_files(tmp_path: Path, depth: int) ->
 def test_in_float32_the_key_is_that_of_the_weights() -> None:
     part = _frozen("bert", "float32")
     assert part.fingerprint == part.tower.layer_fingerprint != _frozen("bert", "bfloat16").fingerprint
+
+
+@pytest.mark.parametrize(("name", "changes"), [("vit", True), ("efficientnet", False)])
+def test_the_attention_kernel_is_in_the_key_of_what_attends(name: str, changes: bool) -> None:
+    part = FrozenTower(Tower(base(name)).requires_grad_(False))
+    before = part.fingerprint
+    with plain_attention_everywhere():
+        assert (part.fingerprint != before) == changes
 
 
 def test_convolutional_towers_stay_in_float32(tmp_path: Path) -> None:

@@ -31,7 +31,8 @@ class FrozenTower:
     @property
     def fingerprint(self) -> str:
         weights = _in_precision(self.tower.layer_fingerprint, self.precision)
-        weights += _kernel_suffix(self.precision, self.tower)
+        products = self.tower.attends_in_products or self.tower.packs_captions
+        weights += _kernel_suffix(self.precision, self.tower, products)
         if self.precision == "float32":
             return weights
         # captions without padding, which attend in products, and class tokens without patches differ in their last bits
@@ -66,7 +67,7 @@ class FrozenPrefix:
     @property
     def fingerprint(self) -> str:
         weights = _in_precision(self.tower.prefix_fingerprint(self.depth), self.precision)
-        return weights + _kernel_suffix(self.precision, self.tower)
+        return weights + _kernel_suffix(self.precision, self.tower, self.tower.attends_in_products)
 
     @property
     def layers(self) -> tuple[tuple[int, int], ...]:
@@ -97,10 +98,13 @@ class FrozenPrefix:
             return self.tower.prefix_states(inputs, self.depth)
 
 
-def _kernel_suffix(precision: Precision, tower: Tower) -> str:
-    """Differs by the attention kernel (``models.plain_attention``), whose outputs differ in their last bits."""
-    products = precision != "float32" and tower.attends_in_products
-    if torch.backends.cuda.flash_sdp_enabled() and not products:
+def _kernel_suffix(precision: Precision, tower: Tower, products: bool) -> str:
+    """Differs by the attention kernel (``models.plain_attention``), whose outputs differ in their last bits.
+
+    ``products``: whether the part attends in plain products in bfloat16 whatever the kernel, so that training and
+    evaluation share its features.
+    """
+    if not tower.attends or (torch.backends.cuda.flash_sdp_enabled() and not (products and precision != "float32")):
         return ""
     return ":plain" if precision == "float32" else ":scaled-products"
 

@@ -396,6 +396,11 @@ class Tower(nn.Module):
         return isinstance(self.net, BertEncoder) and self._device.type == "cpu" and not apart
 
     @property
+    def attends(self) -> bool:
+        """Whether its blocks may attend: those of the convolutional families do not."""
+        return not self._structure.channels_first
+
+    @property
     def attends_in_products(self) -> bool:
         """Whether inference in bfloat16 attends in plain products, whatever the attention kernel: a packaged image net
         on a CPU does."""

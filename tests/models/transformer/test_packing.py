@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import Tensor
 
 from clasp.models.backbone import Backbone
 from clasp.models.frozen import FrozenTower
+from clasp.models.plain_attention import plain_attention_everywhere
 from clasp.models.tower import Tower
 from clasp.models.transformer.bert import BertEncoder, BertEncoderSettings
 from clasp.models.transformer.packing import pack_rows
@@ -120,8 +123,20 @@ def test_the_key_of_cached_features_holds_whether_captions_were_padded() -> None
         Tower(Backbone("toy", "text", net(), "toy", "mean"), extra_layers=n).requires_grad_(False) for n in ((), (1,))
     )
     both = {FrozenTower(each, precision="bfloat16").fingerprint for each in (tower, lower_layers)}
-    assert len(both) == 1 and both.pop().endswith(":unpadded-scaled-products")
+    assert len(both) == 1 and both.pop().endswith(":scaled-products:unpadded-scaled-products")
     assert FrozenTower(tower).fingerprint == FrozenTower(lower_layers).fingerprint == tower.layer_fingerprint
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_features_are_those_of_any_attention_kernel(name: str) -> None:
+    """So that evaluation reads what training cached: training attends in plain products where these are faster."""
+    tower = Tower(Backbone("toy", "text", net(), "toy", "mean")).requires_grad_(False)
+    part = FrozenTower(tower, precision="bfloat16")
+    found = []
+    for kernel in (nullcontext, plain_attention_everywhere):
+        with kernel(), torch.inference_mode():
+            found.append((part.fingerprint, part(tokens(name)).values))
+    assert found[0][0] == found[1][0] and torch.equal(found[0][1], found[1][1])
 
 
 @pytest.fixture

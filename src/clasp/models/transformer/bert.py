@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from clasp.models.low_rank_forward import project_together
 from clasp.models.packed_weights import product
+from clasp.models.plain_attention import attend_to_all
 from clasp.models.transformer.blocks import LayerNorm, add_rounded_to, cast_for_products, gelu_of
 from clasp.models.transformer.encoders import EncoderOutput
 from clasp.models.transformer.packing import Packing, pack_rows
@@ -183,6 +184,8 @@ class _SelfAttention(nn.Module):
         if isinstance(mask, Packing):
             assert not dropout, "captions are packed without gradients only"
             attended = mask.attend(q, k, v)
+        elif mask is None and not dropout:
+            attended = attend_to_all(q, k, v)
         else:
             attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
         return attended.transpose(1, 2).flatten(2)
