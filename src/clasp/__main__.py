@@ -1,7 +1,7 @@
 """The ``clasp`` command, as its script and ``python -m clasp`` start it.
 
 Note: the verbs take a part of a second to import; Ctrl-C in it is one line, as everywhere else. A search is one query,
-and the half a million objects of torch and the model stay to its end: it runs without the collector of cycles, which
+and the 330,000 objects of torch and the model stay to its end: it runs without the collector of cycles, which
 would go through all of them several times, twice at the end of the process unless they are frozen.
 """
 
