@@ -2,7 +2,7 @@
 
 Note: the verbs take a part of a second to import; Ctrl-C in it is one line, as everywhere else. A search is one query,
 and the 330,000 objects of torch and the model stay to its end: it runs without the collector of cycles, which
-would go through all of them several times, twice at the end of the process unless they are frozen.
+would go through all of them several times, and again as the process ends unless they are frozen.
 """
 
 import atexit
