@@ -28,12 +28,12 @@ try:
 except SystemExit as stop:
     assert not stop.code, stop.code
 top = {name.partition(".")[0] for name in sys.modules}
-print(*top, *{"torch._dynamo"} & set(sys.modules), file=sys.stderr)
+print(*top, *{"torch._dynamo", "PIL.EpsImagePlugin"} & set(sys.modules), file=sys.stderr)
 """
 
 
 def _imported_by(*arguments: str) -> set[str]:
-    """Top-level modules that a fresh process of the command has imported when it ends; and torch's compiler."""
+    """Top-level modules that a fresh process of the command has imported; and torch's compiler, and a rare decoder."""
     done = subprocess.run(
         [sys.executable, "-c", _REPORT, *arguments],
         capture_output=True,
@@ -49,6 +49,24 @@ def _imported_by(*arguments: str) -> set[str]:
 def test_help_imports_no_torch(arguments: list[str]):
     imported = _imported_by(*arguments)
     assert "clasp" in imported and not imported & {"torch", "numpy", "PIL", "transformers"}
+
+
+_COLLECTOR = """
+import gc, sys
+from clasp.__main__ import start_command
+sys.argv = ["clasp", *sys.argv[1:]]
+try:
+    start_command()
+finally:
+    print(gc.isenabled())
+"""
+
+
+@pytest.mark.parametrize(("verb", "collects"), [("search", False), ("index", True), ("serve", True)])
+def test_a_search_alone_runs_without_the_collector_of_cycles(verb: str, collects: bool):
+    command = [sys.executable, "-c", _COLLECTOR, verb, "no-such-run", "words"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.stdout.split() == [str(collects)] and done.returncode == 2, done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -70,4 +88,4 @@ def test_search_with_packaged_towers_imports_what_it_uses(run: Path):
     imported = _imported_by("search", str(run), "teal", "--json")
     assert {"torch", "PIL", "tokenizers", "safetensors"} <= imported
     unused = {"transformers", "peft", "accelerate", "sklearn", "scipy", "matplotlib", "pandas", "onnx", "tomlkit"}
-    assert not imported & {*unused, "sympy", "torch._dynamo", "yaml", "huggingface_hub"}
+    assert not imported & {*unused, "sympy", "torch._dynamo", "yaml", "huggingface_hub", "PIL.EpsImagePlugin"}

@@ -14,9 +14,10 @@ import math
 import os
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
@@ -48,9 +49,19 @@ EXIF_TRANSPOSE = {  # EXIF orientation -> the transposition that undoes it
     8: Image.Transpose.ROTATE_90,
 }
 _GREYS = {"I;16": 16, "I;16L": 16, "I;16B": 16, "I;16N": 16, "I": 32}  # integer modes of more than 8 bits -> bits
-# Pillow's decoders of the suffixes that are read. Others are refused whatever the file is named: that of EPS runs
-# another program.
-DECODERS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
+# Pillow's decoders of the suffixes that are read, and their modules. Others are refused whatever the file is named:
+# that of EPS runs another program.
+DECODERS = {
+    "JPEG": "JpegImagePlugin",
+    "PNG": "PngImagePlugin",
+    "WEBP": "WebPImagePlugin",
+    "GIF": "GifImagePlugin",
+    "BMP": "BmpImagePlugin",
+    "TIFF": "TiffImagePlugin",
+    "AVIF": "AvifImagePlugin",
+    "JPEG2000": "Jpeg2KImagePlugin",
+    "PPM": "PpmImagePlugin",
+}
 _LARGE_IMAGE_PIXELS = 50_000_000  # decoded; of larger ones, worker processes decode one at a time
 _REDUCING_GAP = 1.0  # a JPEG is decoded at the smallest scale of at least this many times the target size
 
@@ -152,9 +163,11 @@ def normalise_picture(
 
 
 @cache
-def _decoders() -> tuple[str, ...]:
-    """Those of ``DECODERS`` that this Pillow was built with."""
-    Image.init()
+def available_decoders() -> tuple[str, ...]:
+    """Those of ``DECODERS`` that this Pillow was built with; no others are imported, as by Pillow's own ``init``."""
+    for module in DECODERS.values():
+        with suppress(ImportError):
+            import_module(f"PIL.{module}")
     return tuple(name for name in DECODERS if name in Image.OPEN)
 
 
@@ -181,7 +194,7 @@ def open_image(image: bytes | str | Path | Image.Image) -> Iterator[Image.Image]
             yield image
         else:
             encoded = image if isinstance(image, bytes) else read_regular_file(image)
-            with Image.open(io.BytesIO(encoded), formats=_decoders()) as picture:
+            with Image.open(io.BytesIO(encoded), formats=available_decoders()) as picture:
                 yield picture
     except (ImageError, MemoryError):
         raise

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from clasp.data.decoding import ImageError
+from clasp.data.decoding import ImageError, available_decoders
 
 IMAGE_MEDIA_TYPES = {
     "JPEG": "image/jpeg",
@@ -24,7 +24,6 @@ IMAGE_MEDIA_TYPES = {
     "TIFF": "image/tiff",
 }
 """Formats that may be decoded, with their media types"""
-_DECODERS = tuple(name for name in IMAGE_MEDIA_TYPES if name != "MPO")  # that is read by the decoder of JPEG
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +38,9 @@ class ImageHeader:
 
 def read_image_header(data: bytes, max_pixels: int) -> ImageHeader:
     """The header. Raises ``ImageError`` for other formats, damaged headers and more than ``max_pixels`` pixels."""
+    decoders = [name for name in available_decoders() if name in IMAGE_MEDIA_TYPES]  # MPO is read by that of JPEG
     try:
-        with Image.open(io.BytesIO(data), formats=_DECODERS) as picture:
+        with Image.open(io.BytesIO(data), formats=decoders) as picture:
             name, (width, height) = picture.format or "", picture.size
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageError(f"too large to be decoded safely: {error}") from None
