@@ -217,6 +217,22 @@ def test_a_suite_names_every_set_that_is_refused(captions: Path, tmp_path: Path)
         evaluate_suite("a", str(suite), tmp_path, out=tmp_path / "out")
 
 
+@pytest.mark.usefixtures("evaluated")
+def test_a_metric_that_the_task_has_on_other_data_is_refused(tmp_path: Path):
+    for name, classes in (("three", 3), ("two", 2)):
+        (tmp_path / name).mkdir()
+        for number in range(6):
+            Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / name / f"{number}.png")
+        rows = ({"filepath": f"{n}.png", "title": f"t {n}", "class": f"c{n % classes}"} for n in range(6))
+        write_table(tmp_path / name / "pairs.csv", *rows)
+    suite = tmp_path / "mine.toml"
+    sets = (f'[[set]]\nname = "{name}"\nfolder = "{name}/pairs.csv"\nmetric = "roc_auc"\n' for name in ("two", "three"))
+    suite.write_text("".join(sets))
+    known = "top1, top5, mean_per_class"
+    with pytest.raises(UserError, match=f"^three: zeroshot has no metric 'roc_auc' here; it has {known}$"):
+        evaluate_suite("a", str(suite), tmp_path, out=tmp_path / "out")
+
+
 @pytest.mark.usefixtures("unbuilt")
 @pytest.mark.parametrize("verb", [train, train_auto, rank_pair])
 def test_equal_captions_are_not_trained_on(verb: Callable[[Path, Path], object], tmp_path: Path):
