@@ -79,7 +79,7 @@ def climb(recipe: Recipe, run: Path, callbacks: AutoCallbacks) -> AutoResult:
     RunFolder(run).require_free()
     pairs = open_training_pairs(recipe)
     require_validation(*pairs)
-    require_images(RECIPE_HINTS, *pairs)
+    require_images(RECIPE_HINTS, *pairs, max_bad_fraction=recipe.data.max_bad_fraction)
     build_model(changed(recipe, {}), meta=True)
     for line in (recipe.auto.announcement, *few_validation_pairs(pairs[1].group_count)):
         callbacks.say(line)
