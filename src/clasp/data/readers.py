@@ -193,11 +193,11 @@ class LiveImageReader:
 
 
 def _equal_sources(source: ImageSource) -> Hashable:
-    """A key that is equal for equal sources; for those without a hash, for the same object."""
+    """A key that is equal for equal sources; those without a hash are equal to no other."""
     try:
         hash(source)
     except TypeError:
-        return id(source)
+        return object()
     return source
 
 
