@@ -25,19 +25,21 @@ from clasp.commands import auto as main_job
 from clasp.commands import auto_closed_forms as closed_form_job
 from clasp.commands.auto import AutoResult, climb, resume_climb
 from clasp.commands.auto_stages import AutoCallbacks, AutoStages
-from clasp.commands.closed_form import may_have_class_pairs
+from clasp.commands.closed_form import ClosedFormSearch, ClosedFormTrial, may_have_class_pairs
 from clasp.commands.disk_space import plan_run_features
+from clasp.commands.kept_trials import TRIALS_FILE, KeptTrials, hash_search
 from clasp.commands.run_context import Preloaded
 from clasp.commands.run_evaluations import RunEvaluations
 from clasp.commands.step_timing import SlowStepError, _FirstBatches
 from clasp.commands.train import train_recipe
-from clasp.config.auto_plan import SHORT_TUNINGS, Left, StepTiming, changed
+from clasp.config.auto_plan import SHORT_TUNINGS, Candidate, LayerSet, Left, StepTiming, changed
 from clasp.config.budget import LEAST_MINUTES, AutoSettings
 from clasp.config.build import CacheFolders, build_feature_source, build_model_and_preprocessing
 from clasp.config.datasets import TrainValPairs, open_training_pairs
 from clasp.config.recipe import Recipe, read_recipe, recipe_from_dict
 from clasp.data.pairs import Pairs
 from clasp.data.readers import PairIndex
+from clasp.evaluation.results import PrimaryScore
 from clasp.evaluation.tasks import ScoredQueries
 from clasp.report.auto_table import AutoPlan, AutoRow, auto_table
 from clasp.training.cost.ledger import read_cost
@@ -137,8 +139,29 @@ def test_the_recipe_of_a_stage_repeats_its_weights(stage: str, done: AutoResult,
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+@pytest.fixture
+def tried(monkeypatch: pytest.MonkeyPatch) -> tuple[list[str], set[int]]:
+    """The candidates that were scored, and after how many of them to interrupt."""
+    scored, stops, score = list[str](), set[int](), ClosedFormSearch._try
+
+    def count(search: ClosedFormSearch, candidate: Candidate) -> ClosedFormTrial:
+        if len(scored) in stops:
+            stops.remove(len(scored))
+            raise KeyboardInterrupt
+        scored.append(str(candidate))
+        return score(search, candidate)
+
+    monkeypatch.setattr(ClosedFormSearch, "_try", count)
+    return scored, stops
+
+
 def test_an_interrupted_climb_keeps_the_best_and_goes_on(
-    done: AutoResult, towers: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    done: AutoResult,
+    towers: Path,
+    pairs: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tried: tuple[list[str], set[int]],
 ):
     class Stops(SilentReporter):
         def step(self, progress: TrainProgress) -> None:
@@ -148,8 +171,17 @@ def test_an_interrupted_climb_keeps_the_best_and_goes_on(
 
     reserved: list[float] = []
     stopping = AutoCallbacks(lambda line: None, reporter=Stops)
-    stopped = climb(recipe(towers, pairs, steps=STEPS), tmp_path / "toy", stopping)
-    assert stopped.interrupted and stopped.plan.best == "1-closed-form" and not stopped.plan.finished
+    scored, stops = tried
+    frozen = [row.stage for row in done.plan.rows].index("1-closed-form")
+    stops |= {3, frozen + 1}  # in the search of the frozen towers, and in that of the tuned ones
+    assert climb(recipe(towers, pairs, steps=STEPS), tmp_path / "toy", QUIET).interrupted and len(scored) == 3
+    stopped = resume_climb(tmp_path / "toy", stopping)
+    assert (
+        len(scored) == frozen
+        and stopped.interrupted
+        and stopped.plan.best == "1-closed-form"
+        and not stopped.plan.finished
+    )
     assert reserved[0] == stopped.plan.reserved_seconds > 0, "on disk, whenever the stage is killed"
     assert clasp.load(tmp_path / "toy").encode_text(["a red circle"]).shape[0] == 1
     with pytest.raises(UserError, match=r"holds a climb already; go on with: clasp resume"):
@@ -159,6 +191,7 @@ def test_an_interrupted_climb_keeps_the_best_and_goes_on(
         train, val = open_training_pairs(recipe(towers, pairs, steps=STEPS))
         patch.setattr(main_job, "open_training_pairs", lambda recipe: (train[1:], val))
         resume_climb(tmp_path / "toy", QUIET)
+    assert resume_climb(tmp_path / "toy", QUIET).interrupted and len(scored) == frozen + 1
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         patch.setattr(shutil, "copyfile", _killed_at_the_weights)
         resume_climb(tmp_path / "toy", QUIET)
@@ -169,8 +202,42 @@ def test_an_interrupted_climb_keeps_the_best_and_goes_on(
     assert (tmp_path / "toy" / "stages" / "1-closed-form" / "delta.safetensors").stat().st_mtime_ns == first
     ours, theirs = delta(tmp_path / "toy"), delta(done.run)
     assert all(torch.equal(ours[name], theirs[name]) for name in ours | theirs)
+    candidates, uninterrupted = (
+        [replace(row, seconds=0.0) for row in each.plan.rows if not row.stage] for each in (resumed, done)
+    )
+    assert candidates == uninterrupted and scored == [row.method for row in candidates], "each was scored once"
+    for stage in ("1-closed-form", "5-closed-form-of-tuned"):
+        ours, theirs = (delta(each / "stages" / stage) for each in (tmp_path / "toy", done.run))
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours | theirs)
+    assert not (tmp_path / "toy" / TRIALS_FILE).exists(), "its rows are in the plan"
     with pytest.raises(UserError, match="is finished"):
         resume_climb(tmp_path / "toy", QUIET)
+
+
+@pytest.mark.parametrize("change", ["recipe", "validation", "features", ""])
+def test_trials_of_another_search_are_not_taken(change: str, towers: Path, pairs: Path, tmp_path: Path):
+    given = changed(recipe(towers, pairs, steps=STEPS), {"tune": {"image": ["none"], "text": ["none"]}})
+    train, val = open_training_pairs(given)
+    parts = build_model_and_preprocessing(given)
+
+    def hash_of(given: Recipe, train: Pairs, val: Pairs) -> str:
+        return hash_search(given, build_feature_source(parts, given).batch_reader(train, PairIndex(train), None), val)
+
+    trial = ClosedFormTrial(
+        Candidate(LayerSet("last", ()), LayerSet("é", (1, 2)), (0.1, 1.0), 8),
+        PrimaryScore(1 / 3, torch.tensor([0.1, float("nan"), 2 / 3], dtype=torch.float64)),
+        8,
+        0.1,
+    )
+    before = hash_of(given, train, val)
+    KeptTrials(tmp_path, before, lambda: None).add(trial)
+    other = changed(given, {"head": {"width": 8}}) if change == "recipe" else given
+    now = hash_of(other, train[1:] if change == "features" else train, val[1:] if change == "validation" else val)
+    found = KeptTrials(tmp_path, now, lambda: None).find(trial.candidate)
+    assert (found is None) == (change != "") == (now != before)
+    if found is not None:
+        assert (found.score.value, found.delta_bytes) == (trial.score.value, 8)
+        assert torch.equal(found.score.replicates.nan_to_num(7), trial.score.replicates.nan_to_num(7))
 
 
 @pytest.mark.parametrize("at", ["are cached; ", ": kept, "])
@@ -556,7 +623,7 @@ def test_interrupted_before_a_stage_ended(towers: Path, pairs: Path, tmp_path: P
         train_recipe(recipe(towers, pairs, steps=STEPS), tmp_path / "other", say=lambda line: None)
 
 
-def test_what_was_tried_before_a_first_stage_ended_is_said_not_to_be_kept(
+def test_what_was_tried_before_a_first_stage_ended_is_said_to_be_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     tried = AutoPlan({}, primary="retrieval/recall@1", rows=[AutoRow(method="heads", verdict="tried", metric=0.5)])
@@ -564,4 +631,4 @@ def test_what_was_tried_before_a_first_stage_ended_is_said_not_to_be_kept(
     with pytest.raises(SystemExit) as end:
         train_verbs._climb(None, tmp_path / "toy")
     said = " ".join(capsys.readouterr().err.split())
-    assert end.value.code == 130 and "no stage had ended, so nothing is kept, also of what was tried in memory" in said
+    assert end.value.code == 130 and "no stage had ended; heads that were tried are not tried again" in said

@@ -25,8 +25,13 @@ from clasp.commands.search_model import open_images
 from clasp.commands.train import train_recipe
 from clasp.config.recipe import DataSettings, Recipe, recipe_from_dict
 from clasp.convert.onnx_model import MANIFEST_FILE
+from clasp.data.formats.setting_hints import PYTHON_HINTS
+from clasp.data.formats.sources import FileSource
+from clasp.data.missing_images import require_images
+from clasp.data.pairs import Pairs, open_pairs
+from clasp.data.shard_stage import StagedShard
 from clasp.evaluation.registry import EVALUATION_TASKS
-from clasp.types import ProgressFactory, UserError
+from clasp.types import Pair, ProgressFactory, UserError
 
 _LABELLED = {"zeroshot", "multilingual_zeroshot", "multilabel", "multilabel_probe", "knn", "probe", "robustness"}
 
@@ -189,6 +194,68 @@ def test_images_that_are_all_missing_are_refused_by_every_verb(
         verb(moved, tmp_path / "run")
 
 
+def write_partly_missing(folder: Path, missing: int, total: int) -> Path:
+    """A table of images of which the first are missing."""
+    for number in range(missing, total):
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(folder / f"{number}.png")
+    rows = ({"filepath": f"{n}.png", "title": f"caption {n}", "class": f"c{n % 2}"} for n in range(total))
+    return write_table(folder / "partly.csv", *rows)
+
+
+@pytest.mark.usefixtures("unbuilt", "evaluated")
+@pytest.mark.parametrize("verb", [train, train_auto, rank_pair, *VERBS])
+def test_more_missing_images_than_are_allowed_are_refused_by_every_verb_with_a_limit(
+    verb: str | Callable[[Path, Path], object], tmp_path: Path
+):
+    table, run = write_partly_missing(tmp_path, 40, 48), tmp_path / "run"
+    said = rf"^{table}: \d+ of its \d+ images cannot be found, which is more than data.max_bad_fraction = 0.02 allows: "
+    said += r".*/\d+.png, .*/\d+.png, .*/\d+.png, …; .*image_root=FOLDER; .* cannot be read: No such file or directory$"
+    with pytest.raises(UserError, match=said):
+        VERBS[verb]("retrieval", [f"data={table}"], run) if isinstance(verb, str) else verb(table, run)
+
+
+LIMITS = [  # missing, rows, rows of each image, data.max_bad_fraction, whether it is refused
+    (3, 48, 1, 0.02, False),  # three are always allowed
+    (4, 48, 1, 0.02, True),
+    (4, 48, 1, 0.1, False),
+    (5, 48, 1, 0.1, True),
+    (15, 48, 5, 0.02, False),  # three images
+    (20, 48, 5, 0.02, True),
+    (2_000, 2_400, 1, 0.5, True),  # more than are looked at first
+    (1_100, 2_400, 1, 0.5, False),
+    (2_000, 2_400, 1, None, False),
+    (2_400, 2_400, 1, None, True),
+]
+
+
+@pytest.mark.parametrize(("missing", "rows", "each", "limit", "refused"), LIMITS)
+def test_the_limit_of_missing_images_is_that_of_unreadable_ones(
+    missing: int, rows: int, each: int, limit: float | None, refused: bool, tmp_path: Path
+):
+    (tmp_path / "there.png").write_bytes(b"")
+    images = [f"gone/{n // each}.png" if n < missing else "there.png" for n in range(rows)]
+    other = [f"group {n // each}" for n in range(rows)]
+    cells = ({"filepath": image, "title": "x", "group": group} for image, group in zip(images, other, strict=True))
+    pairs = open_pairs(write_table(tmp_path / "pairs.csv", *cells))
+    if not refused:
+        return require_images(PYTHON_HINTS, pairs, max_bad_fraction=limit)
+    with pytest.raises(UserError, match=r"none of its .* found|found, which is more"):
+        require_images(PYTHON_HINTS, pairs, max_bad_fraction=limit)
+
+
+def test_images_in_shards_are_not_looked_at_for_being_missing():
+    """A shard at an address would be fetched: one whose pairs would all be counted as missing is not refused."""
+
+    class Staged(list[Pair]):
+        shard = object.__new__(StagedShard)
+
+    gone = [Pair(str(number), FileSource("/gone"), (), str(number), {}) for number in range(10)]
+    with pytest.raises(UserError, match=r"none of its 10 images"):
+        require_images(PYTHON_HINTS, Pairs("pairs", [gone]))
+    for parts in ([Staged(gone)], [Staged(gone), gone[:3]]):
+        require_images(PYTHON_HINTS, Pairs("pairs", parts), max_bad_fraction=0.02)
+
+
 @pytest.mark.usefixtures("evaluated")
 @pytest.mark.parametrize("verb", VERBS)
 @pytest.mark.parametrize(
@@ -214,6 +281,22 @@ def test_a_suite_names_every_set_that_is_refused(captions: Path, tmp_path: Path)
         f'[[set]]\nname = "bare"\ntask = "zeroshot"\nfolder = "{captions.name}"\n'
     )
     with pytest.raises(UserError, match=r"^equal: every caption of .* is 'x', .*; bare: .*label= one of: year"):
+        evaluate_suite("a", str(suite), tmp_path, out=tmp_path / "out")
+
+
+@pytest.mark.usefixtures("evaluated")
+def test_a_metric_that_the_task_has_on_other_data_is_refused(tmp_path: Path):
+    for name, classes in (("three", 3), ("two", 2)):
+        (tmp_path / name).mkdir()
+        for number in range(6):
+            Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / name / f"{number}.png")
+        rows = ({"filepath": f"{n}.png", "title": f"t {n}", "class": f"c{n % classes}"} for n in range(6))
+        write_table(tmp_path / name / "pairs.csv", *rows)
+    suite = tmp_path / "mine.toml"
+    sets = (f'[[set]]\nname = "{name}"\nfolder = "{name}/pairs.csv"\nmetric = "roc_auc"\n' for name in ("two", "three"))
+    suite.write_text("".join(sets))
+    known = "top1, top5, mean_per_class"
+    with pytest.raises(UserError, match=f"^three: zeroshot has no metric 'roc_auc' here; it has {known}$"):
         evaluate_suite("a", str(suite), tmp_path, out=tmp_path / "out")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,11 +21,14 @@ from clasp.commands.report import write_report
 from clasp.commands.result_folder import ResultFolder
 from clasp.data.atomic_files import has_its_checksum, read_json_lines
 from clasp.evaluation.bootstrap import GroupedScores, bootstrap_replicates
+from clasp.evaluation.compositional import HardNegativeQueries, WinogroundQueries
 from clasp.evaluation.multilabel import eleven_point_precision, two_class_influence
+from clasp.evaluation.probe_queries import ProbeQueries
 from clasp.evaluation.prompt_templates import TEMPLATE_SETS
-from clasp.evaluation.suites import MTEB_TASKS, SUITES, find_suite
+from clasp.evaluation.retrieval import RetrievalQueries
+from clasp.evaluation.suites import MTEB_TASKS, SUITES, TASK_METRICS, find_suite
 from clasp.evaluation.task_context import TrainedRun
-from clasp.evaluation.zeroshot import read_templates
+from clasp.evaluation.zeroshot import ZeroShotQueries, read_templates
 from clasp.report.prediction_sheets import Confusion, most_confused
 from clasp.report.suite_table import suite_table
 from clasp.training.run_code import require_allowed
@@ -183,6 +186,31 @@ def test_what_a_suite_refuses(data: Path, model: Path, tmp_path: Path):
     assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
 
 
+QUERIES: dict[str, tuple[type, tuple[str, ...]]] = {
+    "zeroshot": (ZeroShotQueries, ("roc_auc",)),
+    "probe": (ProbeQueries, ()),
+    "retrieval": (RetrievalQueries, ()),
+    "multilingual": (RetrievalQueries, ()),
+    "sugarcrepe": (HardNegativeQueries, ()),
+    "winoground": (WinogroundQueries, ()),
+}
+
+
+def test_the_metrics_that_a_suite_may_name_are_those_of_the_tasks(data: Path, model: Path, tmp_path: Path):
+    """So a name that is not refused before the model is loaded is never missing after."""
+    for task, (queries, of_two_classes) in QUERIES.items():
+        (given,) = (field.default for field in fields(queries) if field.name == "metric_names")
+        assert {*given, *of_two_classes} == set(TASK_METRICS[task])
+    named = {"hateful-memes": "zeroshot", "voc-2007-classification": "multilabel"}
+    file = tmp_path / "mine.toml"
+    asked = [(folder, task, metric) for folder, task in named.items() for metric in TASK_METRICS[task]]
+    sets = (f'[[set]]\nname="{m}"\nfolder="{folder}"\ntask="{task}"\nmetric="{m}"\n' for folder, task, m in asked)
+    file.write_text("".join(sets))
+    rows = evaluate_suite(model, str(file), data, out=tmp_path / "out")
+    assert len(rows) == 7 and all(row.value is not None for row in rows)
+    assert {*TASK_METRICS} == {*QUERIES, "multilabel", "multilabel_probe"}  # the last two make rows alike
+
+
 def test_a_suite_of_ones_own_is_a_toml_file(data: Path, model: Path, tmp_path: Path):
     file = tmp_path / "mine.toml"
     file.write_text('[[set]]\nname = "cifar-10"\nmetric = "mean_per_class"\n')
@@ -203,7 +231,7 @@ def test_a_suite_of_ones_own_is_a_toml_file(data: Path, model: Path, tmp_path: P
         with pytest.raises(UserError, match=message):
             find_suite(str(file))
     file.write_text('[[set]]\nname = "cifar-10"\nmetric = "roc_auc"\n')
-    with pytest.raises(UserError, match="zeroshot has no metric 'roc_auc'; it has top1"):
+    with pytest.raises(UserError, match="cifar-10: zeroshot has no metric 'roc_auc' here; it has top1"):
         evaluate_suite(model, str(file), data, out=tmp_path / "out")
     file.write_text('[[set]]\nname = "a"\ntask = "multilabel"\n')
     assert find_suite(str(file))[0].metric == "mean_average_precision"

@@ -7,6 +7,7 @@ import os
 import pickle
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -267,6 +268,51 @@ def test_pairs_on_disk_in_workers_with_a_file_that_went_away(tmp_path: Path):
     there.close()
     assert there.bad_samples.found == here.bad_samples.found and set(there.bad_samples.found) == {"2.png", "5.png"}
     assert "5.png cannot be read: No such file" in there.bad_samples.found["5.png"]
+
+
+READS: list[bytes] = []
+
+
+@dataclass
+class CountedSource:
+    """A source whose reads are counted."""
+
+    encoded: bytes
+    name: str = ""
+    version: str = ""
+
+    def read(self) -> bytes:
+        READS.append(self.encoded)
+        return self.encoded
+
+
+class HashedSource(CountedSource):
+    """Equal ones have one hash."""
+
+    def __hash__(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return hash(self.encoded)
+
+
+@pytest.mark.parametrize(
+    ("kind", "augment", "reads"),
+    [(HashedSource, None, 2), (CountedSource, None, 4), (HashedSource, AUGMENT, 4), (CountedSource, AUGMENT, 4)],
+)
+def test_an_image_of_several_samples_is_decoded_once_unless_augmented(
+    kind: type[CountedSource], augment: Augment | None, reads: int
+):
+    """To the bit of each alone; unreadable ones are named for each sample."""
+    sources = [kind(png(0)), kind(png(0)), kind(png(1)), kind(b"bad"), kind(b"bad")]
+    images = [(str(number), source, number) for number, source in enumerate([*sources, sources[0]])]
+    reader = LiveImageReader(TRANSFORM, augment)
+    READS.clear()
+    together = reader.decode(images)
+    assert len([encoded for encoded in READS if encoded != b"bad"]) == reads
+    assert together.kept == [0, 1, 2, 5] and [each.id for each in together.skipped] == ["3", "4"]
+    assert isinstance(together.inputs, Pixels)
+    for place, row in enumerate(together.kept):
+        alone = reader.decode([images[row]]).inputs
+        assert isinstance(alone, Pixels) and torch.equal(together.inputs.values[place], alone.values[0])
+        assert augment is not None or together.inputs.contents[place] == alone.contents[0]  # type: ignore[index]
 
 
 def test_a_batch_may_be_empty_and_keeps_its_place():

@@ -336,9 +336,11 @@ def _climb(recipe: Any, run: Path) -> None:
     table = auto_table(plan)
     if plan.rows:
         print_table(where, table.columns, table.cells, table.notes)
-    kept = f"kept: stages/{plan.best}, in {where}" if plan.best else "no stage had ended, so nothing is kept"
-    if plan.rows and not plan.best:
-        kept += ", also of what was tried in memory"
+    kept = (
+        f"kept: stages/{plan.best}, in {where}"
+        if plan.best
+        else "no stage had ended; heads that were tried are not tried again"
+    )
     if done.interrupted:
         print_status(f"interrupted; {kept}; go on with: clasp resume {shlex.quote(where)}")
         sys.exit(INTERRUPTED_EXIT_CODE)

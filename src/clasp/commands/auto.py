@@ -4,8 +4,8 @@ Input: a recipe with ``[auto]``, and a folder. Output: an ordinary run, that of 
 in ``RUN/stages``. The heads are chosen in closed form, both towers are tuned, the heads are solved again for what was
 tuned, and take gradient steps with what is left of the budget. A stage is kept where the run's own validation metric is
 better. Note: Ctrl-C ends it with the best stage so far; ``plan.json`` has what was tried and is what ``clasp resume``
-goes on from. Finished stages are not repeated. ``commands.auto_stages`` trains and records a stage,
-``commands.auto_closed_forms`` has those in closed form; which there are is decided here.
+goes on from. Stages that ended and candidates that were scored are not repeated. ``commands.auto_stages`` trains and
+records a stage, ``commands.auto_closed_forms`` has those in closed form; which there are is decided here.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 from clasp.commands.auto_closed_forms import ClosedFormStages
 from clasp.commands.auto_stages import AutoCallbacks, AutoStages
 from clasp.commands.closed_form import attention_of_runs, with_layer_pools
+from clasp.commands.kept_trials import TRIALS_FILE
 from clasp.commands.repeated_lines import said_once
 from clasp.commands.step_timing import SlowStepError, time_steps
 from clasp.config.auto_plan import (
@@ -79,7 +80,7 @@ def climb(recipe: Recipe, run: Path, callbacks: AutoCallbacks) -> AutoResult:
     RunFolder(run).require_free()
     pairs = open_training_pairs(recipe)
     require_validation(*pairs)
-    require_images(RECIPE_HINTS, *pairs)
+    require_images(RECIPE_HINTS, *pairs, max_bad_fraction=recipe.data.max_bad_fraction)
     build_model(changed(recipe, {}), meta=True)
     for line in (recipe.auto.announcement, *few_validation_pairs(pairs[1].group_count)):
         callbacks.say(line)
@@ -94,7 +95,8 @@ def climb(recipe: Recipe, run: Path, callbacks: AutoCallbacks) -> AutoResult:
                 if not plan.rows:  # the same command would start again, and fail in the same way
                     with suppress(UserError):
                         require_held()  # else the folder was moved, and its place may be another run's
-                        (run / PLAN_FILE).unlink(missing_ok=True)
+                        for name in (TRIALS_FILE, PLAN_FILE):
+                            (run / name).unlink(missing_ok=True)
                 raise
 
 
@@ -152,6 +154,8 @@ class _Climb:
         self._stages.write()
         if self.plan.best:
             self._stages.publish()
+        if not interrupted:
+            (self.folder / TRIALS_FILE).unlink(missing_ok=True)
         self.plan.finished = not interrupted  # after the run is whole, so that a kill before goes on to that
         self._stages.write()
         return AutoResult(self.folder, self.plan, interrupted)

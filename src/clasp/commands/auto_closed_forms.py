@@ -33,6 +33,7 @@ from clasp.commands.closed_form import (
     tuned_search_recipe,
 )
 from clasp.commands.disk_space import plan_run_features, require_room_for_features
+from clasp.commands.kept_trials import KeptTrials, hash_search
 from clasp.commands.step_timing import TIMED_STEPS, time_closed_form
 from clasp.config.auto_plan import (
     ALL_PAIRS_STAGE,
@@ -224,6 +225,8 @@ class ClosedFormStages:
         )
         require_room_for_features(plan_run_features(recipe, inputs, train, self.pairs[1], listing), inputs.cache)
         sides = inputs.batch_reader(train, listing, None)
+        search = hash_search(recipe, sides, self.pairs[1])
+        self._kept = KeptTrials(self._stages.run, search, self._stages.require_held)
         task = validation_task(*self.pairs, inputs)
         self.plan.primary = task.primary
         val, seconds = len(self.pairs[1]), time.monotonic() - began
@@ -243,10 +246,10 @@ class ClosedFormStages:
     ) -> list[ClosedFormTrial]:
         """Try candidates, each a row of the plan, the first with the seconds of the moments, for a share of the minutes
         or ``share`` seconds, whichever is longer; half as long is left for what follows."""
-        began, left = time.monotonic(), self._stages.left.seconds
+        began, left = time.monotonic() - self._kept.seconds, self._stages.left.seconds
         share = float("inf") if self.minutes is None else max(share, _SEARCH_SHARE * 60 * self.minutes)
         limit = share if left is None else min(share, left - share / 2)
-        trials = search.run(self.io.say, lambda: time.monotonic() - began > limit, ridges, widths)
+        trials = search.run(self.io.say, lambda: time.monotonic() - began > limit, ridges, widths, self._kept)
         for place, trial in enumerate(trials):
             seconds = trial.seconds + (0.0 if place else search.seconds_of_moments)
             row = AutoRow(method=str(trial.candidate), verdict="tried", seconds=seconds)
@@ -255,6 +258,6 @@ class ClosedFormStages:
         return trials
 
     def _drop_candidates(self) -> None:
-        """Remove the candidates of a search that was interrupted."""
+        """Remove the candidates of a search whose stage did not end: they are taken from ``KeptTrials``."""
         while self.plan.rows and not self.plan.rows[-1].stage:
             self.plan.rows.pop()

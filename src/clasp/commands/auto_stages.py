@@ -64,7 +64,7 @@ class AutoStages:
         require_held: Callable[[], None],
     ):
         self.run, self.folder, self.plan, self.pairs = run, run / "stages", plan, pairs
-        self.budget, self.io, self._require_held = budget, callbacks, require_held
+        self.budget, self.io, self.require_held = budget, callbacks, require_held
         self._began, self._earlier = time.monotonic(), plan.seconds
         self._energy, self._earlier_energy = EnergyMeter(), plan.energy_kwh if plan.seconds else 0.0
         self._best_score: PrimaryScore | None = None
@@ -93,7 +93,7 @@ class AutoStages:
 
     def write(self) -> None:
         """Write the plan with time and energy so far."""
-        self._require_held()
+        self.require_held()
         self.plan.seconds, spent = self.seconds, self._energy.measurement.value
         known = spent is not None and self._earlier_energy is not None
         self.plan.energy_kwh = (self._earlier_energy or 0.0) + (spent or 0.0) if known else None
@@ -129,7 +129,7 @@ class AutoStages:
     def train(self, stage: StagePlan, heads: ClosedFormHeads | None = None, tuned: Path | None = None) -> None:
         """Train a stage, or resume it as it was planned; compare it with the best before, and record it. ``tuned``:
         where the features of its towers are cached, which an earlier stage tuned."""
-        self._require_held()
+        self.require_held()
         self.io.say(f"{stage.name}: {stage.method}: {stage.reason}")
         folder, began = self.folder / stage.name, time.monotonic()
         resume = RunFolder(folder).has_state
@@ -177,7 +177,7 @@ class AutoStages:
         The weights of an earlier best are deleted first and the new ones written last: a kill in between leaves no
         weights beside the files of others.
         """
-        self._require_held()
+        self.require_held()
         stage = self.folder / self.plan.best
         kept, whole = read_cost(stage), self._cost()
         (self.run / "delta.safetensors").unlink(missing_ok=True)

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -69,6 +69,15 @@ class ClosedFormTrial:
     seconds: float
 
 
+@runtime_checkable
+class TrialRecord(Protocol):
+    """The trials of a search that went before (``commands.kept_trials``)."""
+
+    def find(self, candidate: Candidate) -> ClosedFormTrial | None: ...
+
+    def add(self, trial: ClosedFormTrial) -> None: ...
+
+
 class ClosedFormSearch:
     """Tries candidates on the moments of all layers. ``model``: both towers frozen, heads that standardise.
 
@@ -89,6 +98,7 @@ class ClosedFormSearch:
         self.moments, self._classes = standardized_moments(model, sides, tally), classes
         self.seconds_of_moments = time.monotonic() - began
         self._maps: dict[Candidate, _Solution] = {}
+        self._tried: list[Candidate] = []
         self._class_moments: tuple[float, PairMoments] | None = None
 
     def run(
@@ -97,19 +107,25 @@ class ClosedFormSearch:
         out_of_time: Callable[[], bool],
         ridges: Sequence[tuple[float, float]] = RIDGES,
         widths: Sequence[int] = WIDTHS,
+        kept: TrialRecord | None = None,
     ) -> list[ClosedFormTrial]:
         """Layers first, then the weight of class pairs with the best layers (whatever the time, none), the ridge, and
-        the width; stops early when ``out_of_time``. Without ``widths``, that of the search alone."""
+        the width; stops early when ``out_of_time``. Without ``widths``, that of the search alone. ``kept``: trials that
+        are not made again, and where new ones go."""
         trials: list[ClosedFormTrial] = []
         layers = self._layer_candidates(ridges[0])
         weights = CLASS_WEIGHTS if self._classes is not None and self.recipe.data.class_weight is None else ()
 
         def attempt(candidates: Sequence[Candidate], at_least: int = 0) -> None:
             for place, candidate in enumerate(candidates):
-                if place >= at_least and out_of_time():
+                known = None if kept is None else kept.find(candidate)
+                if known is None and place >= at_least and out_of_time():
                     return
                 if all(candidate != trial.candidate for trial in trials):
-                    trials.append(self._try(candidate))
+                    trials.append(known or self._try(candidate))
+                    self._tried.append(candidate)
+                    if kept is not None and known is None:
+                        kept.add(trials[-1])
                     say(f"{candidate}: {self.task.primary} {trials[-1].score.value:.4g}")
 
         attempt(layers, _FIRST_TRIALS)
@@ -168,15 +184,15 @@ class ClosedFormSearch:
         return ClosedFormTrial(candidate, score, 4 * numbers, time.monotonic() - began)
 
     def _solve(self, candidate: Candidate, columns: tuple[Int[Tensor, " di"], Int[Tensor, " dt"]]) -> _Solution:
-        """The maps of a candidate: the first directions of a wider solution where there is one."""
-        for known, solution in self._maps.items():
-            if known._replace(width=candidate.width) == candidate and known.width >= candidate.width:
-                return _Solution(
-                    solution.image[: candidate.width],
-                    solution.text[: candidate.width],
-                    solution.image_mean,
-                    solution.text_mean,
-                )
+        """The maps of a candidate: the first directions of a wider one where that was tried before."""
+        same = [known for known in self._tried if known._replace(width=candidate.width) == candidate]
+        wider = next((known for known in same if known.width >= candidate.width), candidate)
+        if wider not in self._maps:
+            self._maps[wider] = self._solve_alone(wider, columns)
+        found, width = self._maps[wider], candidate.width
+        return _Solution(found.image[:width], found.text[:width], found.image_mean, found.text_mean)
+
+    def _solve_alone(self, candidate: Candidate, columns: tuple[Int[Tensor, " di"], Int[Tensor, " dt"]]) -> _Solution:
         classes = None
         if self._classes is not None and candidate.class_weight:
             moments = self._moments_of_classes(self._classes, candidate.ridge[0])
@@ -184,8 +200,7 @@ class ClosedFormSearch:
         source = closed_form_source(self.moments.select(*columns), self._pairs, classes)
         rows = int(source.moments.weight) if classes is None else None
         maps = cca(source.moments, candidate.width, ridge=candidate.ridge, rows=rows)
-        self._maps[candidate] = _Solution(maps.image, maps.text, source.image_mean, source.text_mean)
-        return self._maps[candidate]
+        return _Solution(maps.image, maps.text, source.image_mean, source.text_mean)
 
     def _moments_of_classes(self, classes: ClassPairFeatures, ridge: float) -> PairMoments:
         """Those of all layers, kept for the candidates that follow: most have the ridge of the one before."""

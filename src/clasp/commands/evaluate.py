@@ -121,15 +121,15 @@ def require_task_applies(task: str, entry: TaskEntry, model: ModelSource) -> Non
 
 
 def pair_opener(model: ModelSource, entry: TaskEntry, options: Mapping[str, str]) -> Callable[[str], Pairs]:
-    """Opens pairs by name, with the columns of the options. Raises ``UserError`` for images that are all missing, or
-    all the same where the task needs different ones."""
+    """Opens pairs by name, with the columns of the options. Raises ``UserError`` for images of which too many are
+    missing, or all are the same where the task needs different ones."""
     columns = ColumnNames(image=options.get("image", ""), caption=options.get("caption", ""))
     root = options.get("image_root")
 
     def open_named(name: str) -> Pairs:
         pairs = open_pairs_for_settings(name, model.data, columns=columns, image_root=root, hints=OPTION_HINTS)
         if model.reads_images:
-            require_images(OPTION_HINTS, pairs)
+            require_images(OPTION_HINTS, pairs, max_bad_fraction=model.data.max_bad_fraction)
             if entry.needs_different_images:
                 require_different_images(pairs, name)
         return pairs

@@ -26,7 +26,7 @@ from clasp.evaluation.registry import EVALUATION_TASKS, parse_task_options
 from clasp.evaluation.results import EvaluationResult
 from clasp.evaluation.suites import MTEB_TASKS, PROMPTED_TASKS, SuiteSet, find_suite
 from clasp.evaluation.task_context import LoadedModel, TaskContext
-from clasp.evaluation.tasks import EvaluationTask
+from clasp.evaluation.tasks import EvaluationTask, SingleTask
 from clasp.report.suite_table import suite_table
 from clasp.training.unfinished import unfinished_lines
 from clasp.types import MessageCallback, ProgressFactory, UserError, no_progress_bar
@@ -126,7 +126,7 @@ def _make_all(
     bar: ProgressFactory,
 ) -> dict[str, _MadeTask]:
     """Every set opened, with its task where that scores single queries; one ``UserError`` with all that cannot be
-    evaluated: not opened, without the labels their task needs, pairs to fit on among them."""
+    evaluated: not opened, without the labels their task needs, pairs to fit on among them, or without the metric."""
     made, errors = dict[str, _MadeTask](), []
     for each in sets:
         options, entry = given[each.name], EVALUATION_TASKS[each.task]
@@ -137,12 +137,20 @@ def _make_all(
                 for name, pairs in sides.items():
                     read_class_lists(pairs, options["label"], name)
             context = make_context(source, load, sides[options["data"]], entry, options, say, bar)
-            made[each.name] = context, None if entry.build is None else entry.build(context)
+            task = None if entry.build is None else entry.build(context)
+            _require_metric(each, task)
+            made[each.name] = context, task
         except UserError as error:
             errors.append(f"{each.name}: {error}")
     if errors:
         raise UserError("; ".join(errors))
     return made
+
+
+def _require_metric(each: SuiteSet, task: EvaluationTask | None) -> None:
+    """Raises ``UserError`` for a metric that the task has on other data: the area of two classes, with more of them."""
+    if isinstance(task, SingleTask) and each.metric not in (known := task.queries.metric_names):
+        raise UserError(f"{each.task} has no metric {each.metric!r} here; it has {', '.join(known)}")
 
 
 def _evaluate(
@@ -159,7 +167,4 @@ def _evaluate(
         results = identity.recorded_in(task.finish(scored))
         folder.record(results, context.say)
         save_predictions(folder.path, task, scored, context.pairs, identity)
-    if each.metric not in results[-1].metrics:
-        known = ", ".join(results[-1].metrics)
-        raise UserError(f"{each.name}: {each.task} has no metric {each.metric!r}; it has {known}")
     return results[-1]

@@ -79,8 +79,9 @@ def rank_tower_pairs(
     recipes = {pair: search_recipe(with_layer_pools(recipe)) for pair, recipe in recipes.items()}
     of_images = {image: recipe for (image, _), recipe in recipes.items()}
     of_texts = {text: recipe for (_, text), recipe in recipes.items()}
-    pairs = open_training_pairs(recipes[images[0], texts[0]])
-    require_images(RECIPE_HINTS, *pairs)
+    first = recipes[images[0], texts[0]]
+    pairs = open_training_pairs(first)
+    require_images(RECIPE_HINTS, *pairs, max_bad_fraction=first.data.max_bad_fraction)
     index = PairIndex(pairs[0])
     require_different_captions(index.texts, pairs[0].name)
     towers = _Towers(

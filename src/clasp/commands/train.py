@@ -101,7 +101,7 @@ def train_recipe(
         with processes.alike():
             train = select_training_pairs(recipe, (opened, val))
             require_validation(train, val)
-            require_images(RECIPE_HINTS, train, val)
+            require_images(RECIPE_HINTS, train, val, max_bad_fraction=recipe.data.max_bad_fraction)
             listing = PairIndex(train)
             require_different_captions(listing.texts, train.name)
         _announce(skipped_lines(train, val), say)

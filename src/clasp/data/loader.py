@@ -23,6 +23,7 @@ from jaxtyping import Int
 
 from clasp.data.formats.skipped_files import escape_name
 from clasp.data.images import ImageTransform
+from clasp.data.missing_images import too_many
 from clasp.data.pair_sequence import Pairs
 from clasp.data.process_group import SINGLE, ProcessGroup, own_share
 from clasp.data.readers import ImageReader, LiveImageReader, PairIndex, SampleIndices, TextReader
@@ -109,7 +110,7 @@ def _factorize(keys: Sequence[Hashable]) -> list[int]:
 class BadSampleLimit:
     """Counts the distinct unreadable samples, and raises when there are too many.
 
-    ``found`` maps their ids to the reasons, in order of discovery. Up to 3 are always allowed, all samples never.
+    ``found`` maps their ids to the reasons, in order of discovery.
     """
 
     def __init__(self, total: int, max_bad_fraction: float) -> None:
@@ -118,11 +119,11 @@ class BadSampleLimit:
         self._fraction = max_bad_fraction
 
     def add(self, skipped: Iterable[SkippedSample]) -> None:
-        """Raises ``UserError`` listing them when there are more than ``max(3, max_bad_fraction * total)``."""
+        """Raises ``UserError`` listing them when there are ``too_many``."""
         before = len(self.found)
         self.found.update(skipped)
         bad = len(self.found)
-        if bad > before and (bad > max(3, self._fraction * self._total) or bad >= self._total):
+        if bad > before and too_many(bad, self._total, self._fraction):
             named = ", ".join(f"{name} ({reason})" for name, reason in list(self.found.items())[:10])
             more = f" and {bad - 10} more" if bad > 10 else ""
             raise UserError(

@@ -138,9 +138,14 @@ class Pairs(Sequence[Pair]):
         return self._joined.columns
 
     @property
+    def shard_of_part(self) -> tuple[StagedShard | None, ...]:
+        """The staged shard of each part; ``None`` for one on this disk."""
+        return tuple(part.shard if isinstance(part, ShardSource) else None for part in self._joined.parts)
+
+    @property
     def shards(self) -> tuple[StagedShard, ...]:
         """The staged shard of each part; empty where a part is on this disk."""
-        found = [part.shard if isinstance(part, ShardSource) else None for part in self._joined.parts]
+        found = self.shard_of_part
         shards = tuple(shard for shard in found if shard is not None)
         return shards if len(shards) == len(found) else ()
 

@@ -15,7 +15,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
+from torch import Tensor
 
 from clasp.data.images import Augment, ImageError, ImageTransform
 from clasp.data.pair_columns import PairColumns
@@ -148,7 +149,8 @@ class TextReader(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class LiveImageReader:
-    """Reads, decodes and (with ``augment``) augments images each time."""
+    """Reads, decodes and (with ``augment``) augments images each time; without, an image that several samples name is
+    decoded once."""
 
     transform: ImageTransform
     augment: Augment | None = None
@@ -162,14 +164,15 @@ class LiveImageReader:
         """Decode images given as id, source and seed. Unreadable ones are skipped and reported; ``ShardError`` where
         the storage fails."""
         values, contents, kept, skipped = [], [], [], []
+        decoded: dict[Hashable, tuple[Tensor, int]] = {}
         for position, (name, source, seed) in enumerate(images):
+            key = _equal_sources(source)
             try:
-                encoded = source.read()
-                if self.augment is None:
-                    values.append(self.transform(encoded))
-                else:
-                    values.append(self.transform.augmented(encoded, self.augment, seed))
-                contents.append(int.from_bytes(hashlib.blake2b(encoded, digest_size=8).digest()))
+                if self.augment is not None or key not in decoded:
+                    decoded[key] = self._decode(source, seed)
+                value, content = decoded[key]
+                values.append(value)
+                contents.append(content)
                 kept.append(position)
             except ShardError:
                 raise
@@ -178,6 +181,24 @@ class LiveImageReader:
         size = self.transform.size
         pixels = torch.stack(values) if values else torch.empty(0, 3, size, size)
         return ImageBatch(Pixels(pixels, None if self.augment else tuple(contents)), kept, tuple(skipped))
+
+    def _decode(self, source: ImageSource, seed: int) -> tuple[Float[Tensor, "3 height width"], int]:
+        """An image, and the hash of its bytes."""
+        encoded = source.read()
+        if self.augment is None:
+            value = self.transform(encoded)
+        else:
+            value = self.transform.augmented(encoded, self.augment, seed)
+        return value, int.from_bytes(hashlib.blake2b(encoded, digest_size=8).digest())
+
+
+def _equal_sources(source: ImageSource) -> Hashable:
+    """A key that is equal for equal sources; those without a hash are equal to no other."""
+    try:
+        hash(source)
+    except TypeError:
+        return object()
+    return source
 
 
 @dataclass(frozen=True, slots=True)
