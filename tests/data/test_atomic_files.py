@@ -66,10 +66,18 @@ def test_lines_that_an_editor_saved_are_whole(text: str, tmp_path: Path, caplog:
     assert read_json_lines(path) == [{"n": 1}, {"n": 2}, {"n": 3}] and not caplog.text
 
 
+OUT = Path("/proc/out")
+
+
 @pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES, errno.ENOSPC, errno.EDQUOT, errno.EISDIR])
 def test_errors_of_the_disk_are_one_line(number: int, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"cannot be written|no space left"), translate_disk_errors(tmp_path):
         raise OSError(number, os.strerror(number))
+
+
+def test_a_folder_that_its_file_system_does_not_make_is_one_line() -> None:
+    with pytest.raises(UserError, match=r"^/proc/out cannot be written: "), translate_disk_errors(OUT):
+        OUT.mkdir(parents=True)
 
 
 # --- the lock --------------------------------------------------------------------------------------------------------

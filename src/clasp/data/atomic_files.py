@@ -191,6 +191,8 @@ def translate_disk_errors(path: Path) -> Iterator[None]:
             folder = Path(os.fsdecode(error.filename)).parent
             if not folder.exists() and (folder == path.parent or folder.is_relative_to(path)):
                 raise UserError(f"{folder} is gone: it was moved or deleted while it was written to") from None
+            if folder.exists() and path.name in os.fsdecode(error.filename):  # as in /proc, where nothing can be made
+                raise UserError(f"{path} cannot be written: {error.strerror}") from None
         refused = isinstance(error, PermissionError | FileExistsError | NotADirectoryError | IsADirectoryError)
         if refused or (isinstance(error, OSError) and error.errno == errno.EROFS):
             raise UserError(f"{path} cannot be written: {error.strerror}") from None

@@ -29,4 +29,10 @@ def has_labels(pairs: Sequence[Pair], label: str | None, data: str) -> bool:
 
 def label_choices(pair: Pair) -> str:
     """What ``label=`` can be, for an error: the columns of a pair beside its image and captions."""
-    return f"label= one of: {', '.join(map(str, pair.meta)) or 'none'}; {CAPTIONS_HINT}"
+    return f"{column_choices('label', pair)}; {CAPTIONS_HINT}"
+
+
+def column_choices(option: str, pair: Pair) -> str:
+    """What an option that names a column can be, for an error."""
+    columns = ", ".join(map(str, pair.meta))
+    return f"{option}= one of: {columns}" if columns else f"there is no column that {option}= could name"

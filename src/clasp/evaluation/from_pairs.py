@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from clasp.data.pairs import Pairs, caption_languages
+from clasp.evaluation.class_labels import column_choices
 from clasp.evaluation.compositional import HardNegativeQueries, WinogroundQueries
 from clasp.evaluation.embedding_table import EvaluationInputs, TextBatches
 from clasp.evaluation.language_sets import ALL_LANGUAGES, macro_language
@@ -138,9 +139,8 @@ def hard_negative_task(
         given = pair.meta.get(negative)
         texts = [given] if isinstance(given, str) else given
         if not isinstance(texts, list) or not texts or not all(isinstance(text, str) and text for text in texts):
-            has = ", ".join(map(str, pair.meta)) or "none"
             raise UserError(
-                f"{pair.id} of {data} has no text or list of texts in {negative!r}; negative= one of: {has}"
+                f"{pair.id} of {data} has no text or list of texts in {negative!r}; {column_choices('negative', pair)}"
             )
         candidates[pair.id] = (pair.captions[0].text, *texts)
     groups = {pair.id: pair.group for pair in pairs}

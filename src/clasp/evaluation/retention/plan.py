@@ -15,7 +15,7 @@ from clasp.config.datasets import open_pairs_for_recipe
 from clasp.config.recipe import Recipe
 from clasp.data.pairs import Pairs, caption_languages
 from clasp.errors import counted
-from clasp.evaluation.class_labels import has_labels
+from clasp.evaluation.class_labels import column_choices, has_labels
 from clasp.evaluation.language_sets import requested_languages, require_languages
 from clasp.evaluation.retention.probes import ImageProbe, TextProbe, make_image_probe, make_text_probes
 from clasp.evaluation.task_context import TaskContext
@@ -102,8 +102,7 @@ def _report_skipped(
     assert context.run is not None
     data, run, say = context.data, context.run.folder.name, context.say
     if image is None:
-        has = ", ".join(map(str, pairs[0].meta)) or "none"
-        say(f"the image tower is not probed: {data} has no column 'class'; label= one of: {has}")
+        say(f"the image tower is not probed: {data} has no column 'class'; {column_choices('label', pairs[0])}")
     elif image.skipped:
         skipped = counted(image.skipped, "image")
         say(f"not queried: {skipped}, of whose class the half to fit on has none; fit= helps")
