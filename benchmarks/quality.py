@@ -202,7 +202,7 @@ def _numbers(text: str) -> list[float]:
 
 
 def _seeds(text: str) -> list[int]:
-    return [int(word) for word in text.split(",")]
+    return list(dict.fromkeys(int(word) for word in text.split(",")))
 
 
 def main() -> None:

@@ -214,10 +214,14 @@ def test_an_interrupted_climb_keeps_the_best_and_goes_on(
         resume_climb(tmp_path / "toy", QUIET)
 
 
-@pytest.mark.parametrize("change", ["recipe", "validation", "features", ""])
+@pytest.mark.parametrize("change", ["recipe", "validation", "features", "captions", ""])
 def test_trials_of_another_search_are_not_taken(change: str, towers: Path, pairs: Path, tmp_path: Path):
     given = changed(recipe(towers, pairs, steps=STEPS), {"tune": {"image": ["none"], "text": ["none"]}})
-    train, val = open_training_pairs(given)
+    opened, val = open_training_pairs(given)
+    rows = list(opened)
+    train = Pairs(opened.name, [rows])
+    first, second = rows[0], next(row for row in rows if row.captions != rows[0].captions)
+    swapped = {first.id: second.captions, second.id: first.captions}
     parts = build_model_and_preprocessing(given)
 
     def hash_of(given: Recipe, train: Pairs, val: Pairs) -> str:
@@ -232,7 +236,11 @@ def test_trials_of_another_search_are_not_taken(change: str, towers: Path, pairs
     before = hash_of(given, train, val)
     KeptTrials(tmp_path, before, lambda: None).add(trial)
     other = changed(given, {"head": {"width": 8}}) if change == "recipe" else given
-    now = hash_of(other, train[1:] if change == "features" else train, val[1:] if change == "validation" else val)
+    other_train = {
+        "features": train[1:],
+        "captions": Pairs(train.name, [[replace(row, captions=swapped.get(row.id, row.captions)) for row in rows]]),
+    }
+    now = hash_of(other, other_train.get(change, train), val[1:] if change == "validation" else val)
     found = KeptTrials(tmp_path, now, lambda: None).find(trial.candidate)
     assert (found is None) == (change != "") == (now != before)
     if found is not None:

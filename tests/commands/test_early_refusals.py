@@ -243,6 +243,14 @@ def test_the_limit_of_missing_images_is_that_of_unreadable_ones(
         require_images(PYTHON_HINTS, pairs, max_bad_fraction=limit)
 
 
+def test_missing_images_among_others_in_turn_are_found(tmp_path: Path):
+    (tmp_path / "there.png").write_bytes(b"")
+    cells = ({"filepath": f"gone/{n}.png" if n % 2 else "there.png", "title": "x"} for n in range(2_048))
+    pairs = open_pairs(write_table(tmp_path / "pairs.csv", *cells))
+    with pytest.raises(UserError, match="found, which is more"):
+        require_images(PYTHON_HINTS, pairs, max_bad_fraction=0.4)
+
+
 def test_images_in_shards_are_not_looked_at_for_being_missing():
     """A shard at an address would be fetched: one whose pairs would all be counted as missing is not refused."""
 

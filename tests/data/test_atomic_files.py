@@ -133,8 +133,9 @@ def test_a_deleted_lock_is_no_reason_to_end_and_a_file_in_place_of_the_folder_is
 
 
 def test_a_file_missing_elsewhere_is_no_folder_that_is_gone(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError), translate_disk_errors(tmp_path / "run"):
-        (tmp_path / "elsewhere" / "weights").read_bytes()
+    for name in ("elsewhere/weights", "run.json"):
+        with pytest.raises(FileNotFoundError), translate_disk_errors(tmp_path / "run"):
+            (tmp_path / name).read_bytes()
     for path in (tmp_path / "gone" / "file", tmp_path / "gone"):
         with pytest.raises(UserError, match="gone is gone: it was moved"), translate_disk_errors(path):
             (tmp_path / "gone" / "file").write_bytes(b"")

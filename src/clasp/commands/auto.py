@@ -18,7 +18,7 @@ from pathlib import Path
 from clasp.commands.auto_closed_forms import ClosedFormStages
 from clasp.commands.auto_stages import AutoCallbacks, AutoStages
 from clasp.commands.closed_form import attention_of_runs, with_layer_pools
-from clasp.commands.kept_trials import TRIALS_FILE
+from clasp.commands.kept_trials import delete_trials
 from clasp.commands.repeated_lines import said_once
 from clasp.commands.step_timing import SlowStepError, time_steps
 from clasp.config.auto_plan import (
@@ -95,8 +95,8 @@ def climb(recipe: Recipe, run: Path, callbacks: AutoCallbacks) -> AutoResult:
                 if not plan.rows:  # the same command would start again, and fail in the same way
                     with suppress(UserError):
                         require_held()  # else the folder was moved, and its place may be another run's
-                        for name in (TRIALS_FILE, PLAN_FILE):
-                            (run / name).unlink(missing_ok=True)
+                        delete_trials(run)
+                        (run / PLAN_FILE).unlink(missing_ok=True)
                 raise
 
 
@@ -155,7 +155,7 @@ class _Climb:
         if self.plan.best:
             self._stages.publish()
         if not interrupted:
-            (self.folder / TRIALS_FILE).unlink(missing_ok=True)
+            delete_trials(self.folder)
         self.plan.finished = not interrupted  # after the run is whole, so that a kill before goes on to that
         self._stages.write()
         return AutoResult(self.folder, self.plan, interrupted)

@@ -246,7 +246,7 @@ class ClosedFormStages:
     ) -> list[ClosedFormTrial]:
         """Try candidates, each a row of the plan, the first with the seconds of the moments, for a share of the minutes
         or ``share`` seconds, whichever is longer; half as long is left for what follows."""
-        began, left = time.monotonic() - self._kept.seconds, self._stages.left.seconds
+        began, left = time.monotonic(), self._stages.left.seconds
         share = float("inf") if self.minutes is None else max(share, _SEARCH_SHARE * 60 * self.minutes)
         limit = share if left is None else min(share, left - share / 2)
         trials = search.run(self.io.say, lambda: time.monotonic() - began > limit, ridges, widths, self._kept)

@@ -18,6 +18,7 @@ from clasp.config.auto_plan import Candidate
 from clasp.config.recipe import Recipe
 from clasp.config.run_plan import hash_pairs
 from clasp.data.atomic_files import (
+    TORN_SUFFIX,
     append_json_lines,
     has_its_checksum,
     read_json_lines,
@@ -33,6 +34,12 @@ from clasp.evaluation.results import PrimaryScore
 TRIALS_FILE = "trials.jsonl"
 
 
+def delete_trials(folder: Path) -> None:
+    """Remove the trials of a run, and a line that a kill has torn."""
+    for name in (TRIALS_FILE, TRIALS_FILE + TORN_SUFFIX):
+        (folder / name).unlink(missing_ok=True)
+
+
 class KeptTrials:
     """Those of one search; of a search without a hash none are kept. ``require_held`` raises ``UserError`` once the
     folder is no longer at its path."""
@@ -42,7 +49,6 @@ class KeptTrials:
         rows = read_json_lines(self._file) if search and self._file.exists() else []
         own = [row for row in rows if isinstance(row, dict) and row.get("search") == search and has_its_checksum(row)]
         self._rows = {json.dumps(row["candidate"]): row for row in own}
-        self.seconds = sum(row["seconds"] for row in own)
 
     def find(self, candidate: Candidate) -> ClosedFormTrial | None:
         """The trial of a candidate; ``None`` where it was not tried."""
@@ -64,7 +70,7 @@ class KeptTrials:
 
 
 def hash_search(recipe: Recipe, sides: BatchReader, val: Pairs) -> str:
-    """A hash of the recipe, the cached features and the validation pairs of a search; empty where a side is not cached:
+    """A hash of the recipe, the cached features and the pairs of a search; empty where a side is not cached:
     what its tower says is not known by a key then."""
     readers = [each for each in (sides.image, sides.text) if isinstance(each, CachedImageReader | CachedTextReader)]
     if len(readers) < 2:
@@ -73,6 +79,8 @@ def hash_search(recipe: Recipe, sides: BatchReader, val: Pairs) -> str:
     if recipe.train.init_from is not None:  # the features of tuned towers are named by the weights before
         digest.update((Path(recipe.train.init_from) / "delta.safetensors").read_bytes())
     keys = [reader.features.kept.metadata["key"] for reader in readers]
-    of_val = [val.version, hash_pairs(PairIndex(val), val)]
-    digest.update(json.dumps([recipe.to_dict(), keys, of_val], sort_keys=True).encode())
+    assert isinstance(sides.pairs, PairIndex), "a search reads all captions"
+    # keys of features name images and distinct texts, not which captions are whose
+    of_pairs = [val.version, hash_pairs(sides.pairs, val), hash_pairs(PairIndex(val), val)]
+    digest.update(json.dumps([recipe.to_dict(), keys, of_pairs], sort_keys=True).encode())
     return digest.hexdigest()

@@ -188,10 +188,12 @@ def translate_disk_errors(path: Path) -> Iterator[None]:
         if is_disk_full(error):
             raise UserError(f"no space left to write {path}; nothing saved before is lost") from None
         if isinstance(error, FileNotFoundError) and error.filename is not None:
-            folder = Path(os.fsdecode(error.filename)).parent
+            made = Path(os.fsdecode(error.filename))
+            folder = made.parent
             if not folder.exists() and (folder == path.parent or folder.is_relative_to(path)):
                 raise UserError(f"{folder} is gone: it was moved or deleted while it was written to") from None
-            if folder.exists() and path.name in os.fsdecode(error.filename):  # as in /proc, where nothing can be made
+            staged = made.name.startswith(f".{path.name}-")
+            if folder.exists() and (staged or path.is_relative_to(made)):  # as in /proc, where nothing can be made
                 raise UserError(f"{path} cannot be written: {error.strerror}") from None
         refused = isinstance(error, PermissionError | FileExistsError | NotADirectoryError | IsADirectoryError)
         if refused or (isinstance(error, OSError) and error.errno == errno.EROFS):

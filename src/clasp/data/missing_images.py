@@ -8,7 +8,8 @@ is cheap before towers are loaded. Fewer are counted when they are read, by the 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from itertools import islice
 
 import numpy as np
 from jaxtyping import Int
@@ -19,7 +20,7 @@ from clasp.data.pair_sequence import Pairs
 from clasp.errors import counted
 from clasp.plain_types import Pair, UserError
 
-_LOOKED_AT = 1024  # rows, spread evenly, that are looked at first
+_LOOKED_AT = 1024  # rows, drawn at random, that are looked at first
 _ALWAYS_ALLOWED = 3
 _NAMED = 3
 
@@ -34,43 +35,44 @@ def require_images(hints: SettingHints, *opened: Pairs, max_bad_fraction: float 
     found, or where all are. Reads no image that can."""
     allowed = 1.0 if max_bad_fraction is None else max_bad_fraction
     for pairs in opened:
-        some = np.linspace(0, len(pairs) - 1, min(len(pairs), _LOOKED_AT), dtype=np.int64)
-        missing = len(_missing(pairs, some))
+        some = np.random.default_rng(0).choice(len(pairs), min(len(pairs), _LOOKED_AT), replace=False, shuffle=False)
+        missing = sum(1 for _ in _missing(pairs, np.sort(some)))
         if missing and (missing == len(some) or missing > allowed * len(some)):
             _require_few(hints, pairs, max_bad_fraction)
 
 
 def _require_few(hints: SettingHints, pairs: Pairs, max_bad_fraction: float | None) -> None:
-    missing = _missing(pairs, np.arange(len(pairs)))
-    if len(missing) == len(pairs):
-        what = f"none of its {counted(len(pairs), 'image')} can be found"
-    elif max_bad_fraction is not None and too_many(len(missing), len(pairs), max_bad_fraction):
-        bad, total = _count_images(missing), _count_images(pairs)
+    everything = np.arange(len(pairs))
+    missing = _missing(pairs, everything)
+    first = list(islice(missing, _NAMED))
+    rows = len(first) + sum(1 for _ in missing)
+    if rows == len(pairs):
+        what = f"none of its {counted(rows, 'image')} can be found"
+    elif max_bad_fraction is not None and too_many(rows, len(pairs), max_bad_fraction):
+        bad, total = _count_images(_missing(pairs, everything)), _count_images(pairs)
         if not too_many(bad, total, max_bad_fraction):
             return  # what reads an image once counts it once
-        names = ", ".join(pair.image.name for pair in missing[:_NAMED])
+        names = ", ".join(pair.image.name for pair in first)
         what = f"{bad:,} of its {counted(total, 'image')} cannot be found, which is more than data.max_bad_fraction = "
-        what += f"{max_bad_fraction:g} allows: {names}{', …' if len(missing) > _NAMED else ''}"
+        what += f"{max_bad_fraction:g} allows: {names}{', …' if rows > _NAMED else ''}"
     else:
         return
     try:
-        missing[0].image.read()
+        first[0].image.read()
     except UserError as error:
         raise UserError(f"{pairs.name}: {what}; {hints.images}; {error}") from None
 
 
-def _missing(pairs: Pairs, numbers: Int[np.ndarray, " n"]) -> list[Pair]:
+def _missing(pairs: Pairs, numbers: Int[np.ndarray, " n"]) -> Iterator[Pair]:
     """Those of these pairs whose image is a file that cannot be found. Of a part whose images are in a shard, an
     archive or a table one pair is read, and none of a shard that would be fetched."""
     shards, parts = pairs.shard_of_part, pairs.parts_of(numbers)
     of_files: dict[int, bool] = {}
-    found = []
-    for number, part in zip(numbers.tolist(), parts.tolist(), strict=True):
+    for number, part in zip(map(int, numbers), map(int, parts), strict=True):
         if part not in of_files:
             of_files[part] = shards[part] is None and isinstance(pairs[number].image, FileSource)
         if of_files[part] and (pair := pairs[number]).image.version == FileSource.MISSING:
-            found.append(pair)
-    return found
+            yield pair
 
 
 def _count_images(pairs: Iterable[Pair]) -> int:

@@ -67,7 +67,9 @@ class FrozenPrefix:
     @property
     def fingerprint(self) -> str:
         weights = _in_precision(self.tower.prefix_fingerprint(self.depth), self.precision)
-        return weights + _kernel_suffix(self.precision, self.tower, self.tower.attends_in_products)
+        weights += _kernel_suffix(self.precision, self.tower, self.tower.attends_in_products)
+        products = self.precision != "float32" and self.tower.packs_captions  # batches without padding attend in them
+        return weights + (":unpadded-products" if products else "")
 
     @property
     def layers(self) -> tuple[tuple[int, int], ...]:
