@@ -3,7 +3,8 @@ compared on validation.
 
 Input: both frozen towers with all their layers pooled, and the pairs. Output: ``ClosedFormTrial``s, and the one to
 take: the smallest whose metric is within one standard error of the best. Note: features and their moments are computed
-once; a trial selects columns, factors, and evaluates in memory with the run's own validation task.
+once; a trial selects columns, factors, and evaluates in memory with the run's own validation task. Long, since a
+search and the heads that it leads to share one solution.
 """
 
 from __future__ import annotations
