@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
+from studies.lilt.cells import Row
 from studies.lilt.photos import Photos
 from studies.records import Record, Results, machine
 from studies.sharing.cells import macs
@@ -97,7 +98,7 @@ class Study:
         if cell.steps == 0:
             train = self.photos.outside
         else:
-            recipe = recipe.with_overrides([f"train.init_from={self.folder / start_of(cell.row).key}"])
+            recipe = recipe.with_overrides([f"train.init_from={self._start(cell.row)}"])
         parts = build_model_and_preprocessing(recipe)
         preloaded = Preloaded((train, few), parts)
         done = train_recipe(recipe, run.path, say=_nobody, resume=run.has_state, preloaded=preloaded)
@@ -105,13 +106,21 @@ class Study:
             raise KeyboardInterrupt
         return parts
 
+    def _start(self, row: Row) -> Path:
+        """The run of 0 steps of a row; trained again where it is recorded and its folder is gone."""
+        cell = start_of(row)
+        with _held(self.folder / f"{cell.key}.lock", wait=True):
+            self._trained(cell)
+        return self.folder / cell.key
+
 
 @contextmanager
-def _held(file: Path) -> Iterator[bool]:
-    """Whether this process got the lock of a file, which it holds for as long as the context lasts."""
+def _held(file: Path, *, wait: bool = False) -> Iterator[bool]:
+    """Whether this process got the lock of a file, which it holds for as long as the context lasts; ``wait`` until it
+    has it."""
     with file.open("w") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             yield False
         else:
