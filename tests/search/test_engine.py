@@ -636,6 +636,33 @@ def test_a_wrong_argument_among_good_ones_is_named(wrong: Any):
         model().encode_image([PICTURE, wrong])
 
 
+UNREADABLE = {
+    "none.jpg": "none.jpg: no such file",
+    "": "an empty path: no such file",
+    "folder": "folder: cannot be read: Is a directory",
+    "a\0b": r"a\x00b: cannot be read: embedded null byte",
+    "loop.png": "loop.png: cannot be read: Too many levels of symbolic links",
+    "pipe.jpg": "pipe.jpg is a pipe, not a regular file",
+    "text.jpg": "text.jpg: not an image, or of a format that Pillow cannot read",
+    "cut.png": "cut.png: damaged image: image file is truncated",
+}
+
+
+def test_an_image_that_cannot_be_read_is_named_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    Path("folder").mkdir()
+    Path("loop.png").symlink_to("loop.png")
+    os.mkfifo("pipe.jpg")
+    Path("text.jpg").write_text("no image")
+    Path("cut.png").write_bytes(png((255, 0, 0))[:60])
+    for path, line in UNREADABLE.items():
+        with pytest.raises(UserError) as error:
+            model().encode_image([PICTURE, path])
+        assert str(error.value) == line
+    with pytest.raises(UserError, match=r"^image 1: not an image, or of a format that Pillow cannot read$"):
+        model().encode_image([PICTURE, b"no image"])
+
+
 def test_text_that_is_not_unicode_is_named():
     with pytest.raises(UserError, match=r"encode_text: text 1: .*'half \\ud83d'.* lone surrogate") as error:
         model().encode_text(["red", "half \ud83d"])
