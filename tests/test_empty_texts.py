@@ -12,7 +12,7 @@ import torch
 
 from clasp.data.pairs import open_pairs
 from clasp.data.tokenizer import Tokenizer
-from clasp.evaluation.compositional import CompositionalQueries
+from clasp.evaluation.compositional import HardNegativeQueries
 from clasp.evaluation.zeroshot import ZeroShotQueries, read_class_names, read_descriptions, read_templates
 from clasp.search.query import SearchQuery, WeightedText, parse_words
 from clasp.types import UserError
@@ -54,7 +54,7 @@ ENTRANCES: dict[str, Callable[[str, Path], object]] = {
     "template of a list": lambda text, folder: read_templates(json.dumps(["a {}", text])),
     "description": lambda text, folder: _classes(text, descriptions={"cat": ["a cat", text], "dog": ["a dog"]}),
     "description in a file": _descriptions,
-    "candidate": lambda text, folder: CompositionalQueries({"1": ("a cat", text)}, {}, lambda texts: iter(())),
+    "candidate": lambda text, folder: HardNegativeQueries({"1": ("a cat", text)}, {}, lambda texts: iter(())),
     "words of a search": lambda text, folder: parse_words(text),
     "text of a search": lambda text, folder: SearchQuery((WeightedText(text),)),
     "text subtracted in a search": lambda text, folder: SearchQuery((WeightedText("cat"), WeightedText(text, -1.0))),

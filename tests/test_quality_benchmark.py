@@ -79,7 +79,7 @@ def test_races_of_several_seeds():
 
 def test_a_race_is_kept_as_it_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """A failure in a later one loses none: the same command goes on, and the figure is drawn from the file."""
-    photos = write_classes(toys(24), tmp_path / "classes")
+    photos = write_classes(toys(120), tmp_path / "classes")
     words = ["quality", "--pairs", str(photos), "--test", str(photos), "--seeds", "0,1", "--out", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", [*words, "--work", str(tmp_path / "work")])
     raced, fails = list[int](), {1}

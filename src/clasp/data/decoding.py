@@ -25,9 +25,8 @@ import numpy as np
 from jaxtyping import Float
 from PIL import ExifTags, Image, JpegImagePlugin, TiffImagePlugin, UnidentifiedImageError
 
-from clasp.data.formats.skipped_files import escape_name
 from clasp.data.regular_file import read_regular_file
-from clasp.errors import UserError
+from clasp.errors import UserError, printable
 
 CropBox = tuple[float, float, float, float]
 RGBColor = tuple[int, int, int]
@@ -199,7 +198,7 @@ def open_image(image: bytes | str | Path | Image.Image) -> Iterator[Image.Image]
         with _image_errors():
             yield from _opened(encoded)
     except ImageError as error:
-        raise ImageError(f"{escape_name(str(image))}: {error}") from error.__cause__
+        raise ImageError(f"{printable(str(image))}: {error}") from error.__cause__
 
 
 def _opened(image: bytes | Image.Image) -> Iterator[Image.Image]:
@@ -217,10 +216,10 @@ def _read_file(path: str | Path) -> bytes:
     except UserError as error:
         raise ImageError(str(error)) from error
     except FileNotFoundError as error:
-        raise ImageError(f"{escape_name(str(path)) or 'an empty path'}: no such file") from error
+        raise ImageError(f"{printable(str(path)) or 'an empty path'}: no such file") from error
     except (OSError, ValueError) as error:  # ValueError: a path with NUL
         reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise ImageError(f"{escape_name(str(path))}: cannot be read: {reason}") from error
+        raise ImageError(f"{printable(str(path))}: cannot be read: {reason}") from error
 
 
 @contextmanager
