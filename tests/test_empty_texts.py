@@ -54,7 +54,9 @@ ENTRANCES: dict[str, Callable[[str, Path], object]] = {
     "template of a list": lambda text, folder: read_templates(json.dumps(["a {}", text])),
     "description": lambda text, folder: _classes(text, descriptions={"cat": ["a cat", text], "dog": ["a dog"]}),
     "description in a file": _descriptions,
-    "candidate": lambda text, folder: HardNegativeQueries({"1": ("a cat", text)}, {}, lambda texts: iter(())),
+    "candidate": lambda text, folder: HardNegativeQueries(
+        candidates={"1": ("a cat", text)}, groups={}, read=lambda texts: iter(())
+    ),
     "words of a search": lambda text, folder: parse_words(text),
     "text of a search": lambda text, folder: SearchQuery((WeightedText(text),)),
     "text subtracted in a search": lambda text, folder: SearchQuery((WeightedText("cat"), WeightedText(text, -1.0))),

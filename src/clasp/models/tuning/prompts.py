@@ -35,7 +35,8 @@ def insert_prompts(net: nn.Module, structure: ModelStructure, count: int) -> set
             raise UserError(
                 f"prompts: {structure.family} takes token ids only, so learned tokens cannot be put in front"
             )
-        width = next(net.get_input_embeddings().parameters()).shape[1]
+        text_net: Any = net
+        width = next(text_net.get_input_embeddings().parameters()).shape[1]
         prompts = PromptTokens(count, width, 0, device)
         net.register_forward_pre_hook(_PrependToTokens(prompts), with_kwargs=True)
     else:
