@@ -193,7 +193,7 @@ def draw(races: Sequence[Race], path: Path) -> None:
         axis.set(xlabel="minutes since the start of the process", ylabel=f"zero-shot {metric}, %", ylim=(0, None))
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(axis="y", color="0.92")
-    axes[0].legend(frameon=False, fontsize=8, loc="lower right")
+    axes[0].legend(frameon=False, fontsize=7, loc="lower right")
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
@@ -204,13 +204,20 @@ def _draw_race(axis: Any, race: Race, metric: str, chosen: float, style: str) ->
         minutes, values = _curve(curve, metric)
         axis.step(minutes, values, where="post", color="C0", lw=0.8, ls=style, alpha=0.35)
         ends.append((minutes[-1], values[-1]))
-    axis.plot(*zip(*ends, strict=True), color="C0", lw=2, ls=style, marker="o", label=f"clasp, seed {race.seed}")
+    axis.plot(
+        *zip(*ends, strict=True),
+        color="C0",
+        lw=2,
+        ls=style,
+        marker="o",
+        label=f"clasp, a run a budget, seed {race.seed}",
+    )
     for lr, curve in race.peers.items():
         minutes, values = _curve(curve, metric)
         if lr != chosen:
             axis.step(minutes, values, where="post", color="0.8", lw=1, ls=style)
             continue
-        axis.step(minutes, values, where="post", color="C1", lw=2, ls=style, label=f"peer, seed {race.seed}")
+        axis.step(minutes, values, where="post", color="C1", lw=2, ls=style, label=f"{PEER}, seed {race.seed}")
         axis.axhline(values[-1], color="C1", lw=0.8, ls=":")
 
 
