@@ -193,7 +193,7 @@ def draw(races: Sequence[Race], path: Path) -> None:
         axis.set(xlabel="minutes since the start of the process", ylabel=f"zero-shot {metric}, %", ylim=(0, None))
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(axis="y", color="0.92")
-    axes[0].legend(frameon=False, fontsize=7, loc="lower right")
+    figure.legend(*axes[0].get_legend_handles_labels(), frameon=False, fontsize=8, loc="outside lower center", ncols=2)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
