@@ -11,13 +11,15 @@ each side and seed. Note: ``auto`` plans for its budget, so ours is a run for ea
 cache; the time is that of the first to reach the quality, the test photos are those of the largest. It is compared with
 the time that the peer was given, and with the time at which it first had that quality. The peer runs at several
 learning rates, for the same time each; the best on the held-out photos is compared. Each of ``--seeds`` is a race of
-its own: order, crops and what is drawn; the photos are the same. Not part of ``make bench``: it needs photos, and up to
+its own: order, crops and what is drawn; the photos are the same. A race is kept in ``quality.jsonl``, and its runs in
+``--work``, as it ends: the same command goes on after a failure. Not part of ``make bench``: it needs photos, and up to
 an hour of a machine of its own.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import shlex
@@ -28,13 +30,25 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import clasp
 from benchmarks import class_photos, harness, quality_peer, sample_data
 from benchmarks.peers import repair_torchvision
-from benchmarks.quality_page import PEER, Curve, Outcome, Point, Race, draw
+from benchmarks.quality_page import (
+    PEER,
+    RACES_FILE,
+    Curve,
+    Outcome,
+    Point,
+    Race,
+    append_race,
+    choose_rate,
+    draw,
+    read_races,
+)
 from clasp.config.build import ModelAndPreprocessing
 from clasp.data.pairs import open_pairs
 from clasp.evaluation.results import EvaluationResult
@@ -43,6 +57,7 @@ from clasp.plain_types import Precision
 from clasp.types import UserError
 
 HERE = Path(__file__).parent
+SPLITS = ("train", "val", "test")
 _CLASP = "import sys; from clasp.cli import main; sys.exit(main())"
 
 
@@ -132,12 +147,19 @@ def compare(given: argparse.Namespace, work: Path) -> Outcome:
     """Races of both sides on the same pairs, one run after the other; then the test photos."""
     pairs, test = (open_pairs(source) for source in (given.pairs, given.test))
     precision = detect_precision(torch.device("cpu")).precision
-    races, sizes = list[Race](), dict[str, int]()
+    races = list[Race]()
+    settings = {**race_settings(given), "precision": precision}
+    kept = {race.seed: race for race in read_races(given.out / RACES_FILE, settings)}
     for seed in given.seeds:
-        folder = work / f"seed-{seed}"
-        sizes = class_photos.write_splits(pairs, test, folder, label=given.label, template=given.template)
-        _compile_imports(folder)
-        races.append(run_race(folder, given, precision, seed))
+        folder, race = work / f"seed-{seed}", kept.get(seed)
+        if race is None or not folder.is_dir():  # the test photos need the runs
+            shutil.rmtree(folder, ignore_errors=True)
+            class_photos.write_splits(pairs, test, folder, label=given.label, template=given.template)
+            _compile_imports(folder)
+            race = run_race(folder, given, precision, seed)
+            append_race(given.out / RACES_FILE, race, settings)
+        races.append(race)
+    sizes = {split: len(class_photos.open_split(work / f"seed-{given.seeds[0]}", split)) for split in SPLITS}
     chosen = choose_rate(races)
     for race in races:
         race.tests = run_tests(work / f"seed-{race.seed}", given, race, chosen)
@@ -164,9 +186,15 @@ def run_race(work: Path, given: argparse.Namespace, precision: Precision, seed: 
     return Race(seed, ours, {lr: run_peer(work, given, precision, lr, seed) for lr in given.peer_lr})
 
 
-def choose_rate(races: Sequence[Race]) -> float:
-    """The peer's learning rate of the highest top-1 on the held-out photos, on average over the races."""
-    return max(races[0].peers, key=lambda lr: sum(race.peers[lr].best_so_far("top1")[-1] for race in races))
+def race_settings(given: argparse.Namespace) -> dict[str, Any]:
+    """What a race depends on, beside its seed, as it is written to the file of races."""
+    return {name: value for name, value in vars(given).items() if name not in ("seeds", "out", "work")}
+
+
+def work_folder(given: argparse.Namespace) -> Path:
+    """``--work``, or a temporary folder that the same settings find again."""
+    name = hashlib.sha256(json.dumps(race_settings(given), sort_keys=True).encode()).hexdigest()[:12]
+    return given.work or Path(tempfile.gettempdir()) / f"clasp-quality-{name}"
 
 
 def run_tests(work: Path, given: argparse.Namespace, race: Race, chosen: float) -> dict[str, EvaluationResult]:
@@ -193,7 +221,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--template", default="a photo of a {}", help="the prompt of a class")
     parser.add_argument("--size", type=int, default=56, help="side of the images, pixels (default 56)")
     parser.add_argument("--seeds", type=_seeds, default=[0], help="seeds of the races, with commas (default 0)")
-    parser.add_argument("--out", type=Path, default=HERE, help="folder of quality.md and quality.png")
+    parser.add_argument("--out", type=Path, default=HERE, help="folder of quality.md, quality.png and quality.jsonl")
+    parser.add_argument("--work", type=Path, help="folder of the runs, deleted when the page is written")
     return parser.parse_args()
 
 
@@ -208,14 +237,17 @@ def _seeds(text: str) -> list[int]:
 def main() -> None:
     given = arguments()
     repair_torchvision()
-    with tempfile.TemporaryDirectory(prefix="clasp-quality-") as work:
-        try:
-            outcome = compare(given, Path(work))
-        except UserError as error:
-            sys.exit(str(error))
     given.out.mkdir(parents=True, exist_ok=True)
+    work = work_folder(given)
+    try:
+        outcome = compare(given, work)
+    except UserError as error:
+        sys.exit(str(error))
+    except RuntimeError as error:
+        sys.exit(f"{error}\nthe races that ended are kept in {given.out / RACES_FILE}; the same command goes on")
     (given.out / "quality.md").write_text(outcome.markdown(), encoding="utf-8")
-    draw(outcome, given.out / "quality.png")
+    draw(outcome.races, given.out / "quality.png")
+    shutil.rmtree(work)
     print(outcome.markdown())
 
 

@@ -1,14 +1,20 @@
 """The page of ``benchmarks.quality``: curves of both sides, when either had a quality, tables and a figure.
 
-Input: races, each the curves of one seed. Output: rows of the time to the peer's best, ``quality.md`` as text, and
-``quality.png``.
+    python -m benchmarks.quality_page        # draws the figure again from the races that are kept
+
+Input: races, each the curves of one seed, kept in ``quality.jsonl`` as they end. Output: rows of the time to the peer's
+best, ``quality.md`` as text, and ``quality.png``.
 """
 
 from __future__ import annotations
 
+import itertools
+import json
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from benchmarks import harness
 from benchmarks.harness import Measured, Row
@@ -16,6 +22,8 @@ from clasp.evaluation.results import EvaluationResult
 
 METRICS = ("top1", "top5")
 TARGET = 0.33  # of the peer's time
+RACES_FILE = "quality.jsonl"
+_MINUTES = (0.25, 0.5, 1, 2, 5, 10)  # ticks
 PEER = "VisionTextDualEncoder + peft LoRA r=8"
 
 
@@ -134,25 +142,98 @@ class Outcome:
         return "\n\n".join(parts) + "\n"
 
 
-def draw(outcome: Outcome, path: Path) -> None:
-    """The best value so far against seconds, one panel for each metric; names for the first race alone."""
+def append_race(path: Path, race: Race, settings: dict[str, Any]) -> None:
+    """Add a race to the file that keeps them, as it ends; without the test photos, which are read after the last."""
+    curves = {
+        "ours": [[curve.name, curve.points] for curve in race.ours],
+        "peers": [[lr, curve.name, curve.points] for lr, curve in race.peers.items()],
+    }
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"settings": settings, "seed": race.seed, **curves}) + "\n")
+
+
+def read_races(path: Path, settings: dict[str, Any] | None = None) -> list[Race]:
+    """The races with these settings, those of the last line by default; of races with one seed the last."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    rows = [json.loads(line) for line in lines]
+    wanted = settings if settings is not None else rows[-1]["settings"] if rows else None
+    found = {}
+    for row in rows:
+        if row["settings"] == wanted:
+            ours = [Curve(name, [Point(*point) for point in points]) for name, points in row["ours"]]
+            peers = {lr: Curve(name, [Point(*point) for point in points]) for lr, name, points in row["peers"]}
+            found[row["seed"]] = Race(row["seed"], ours, peers)
+    return list(found.values())
+
+
+def choose_rate(races: Sequence[Race]) -> float:
+    """The peer's learning rate of the highest top-1 on the held-out photos, on average over the races."""
+    return max(races[0].peers, key=lambda lr: sum(race.peers[lr].best_so_far("top1")[-1] for race in races))
+
+
+def draw(races: Sequence[Race], path: Path) -> None:
+    """The best value so far against minutes, on a logarithmic axis; a panel for each metric, a line style a seed.
+
+    Ours are runs of different budgets: the end of each is marked, and the ends are joined. The dotted line is the
+    peer's best, which ours are asked to reach.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, len(METRICS), figsize=(9, 3.6), layout="constrained")
+    chosen = choose_rate(races)
+    figure, axes = pyplot.subplots(1, len(METRICS), figsize=(10, 4.2), layout="constrained")
     for axis, metric in zip(axes, METRICS, strict=True):
-        for race in outcome.races:
-            drawn = [(curve, "C0", 1.0 + place) for place, curve in enumerate(race.ours)]
-            drawn += [(curve, "C1" if lr == outcome.chosen else "0.75", 2.0) for lr, curve in race.peers.items()]
-            for curve, colour, width in drawn:
-                values = [100 * value for value in curve.best_so_far(metric)]
-                seconds = [point.seconds for point in curve.points]
-                name = curve.name if race is outcome.races[0] else None
-                axis.step(seconds, values, where="post", color=colour, lw=width, marker="o", ms=3, label=name)
-        axis.set(xlabel="seconds since the start of the process", ylabel=f"zero-shot {metric}, %", xlim=(0, None))
-        axis.set_ylim(0, None)
+        for race, style in zip(races, itertools.cycle(("-", "--", ":", "-."))):
+            _draw_race(axis, race, metric, chosen, style)
+        axis.set_xscale("log")
+        axis.set_xticks(_MINUTES, labels=[f"{minutes:g}" for minutes in _MINUTES])
+        axis.minorticks_off()
+        axis.set(xlabel="minutes since the start of the process", ylabel=f"zero-shot {metric}, %", ylim=(0, None))
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0].legend(frameon=False, fontsize=7)
+        axis.grid(axis="y", color="0.92")
+    figure.legend(*axes[0].get_legend_handles_labels(), frameon=False, fontsize=8, loc="outside lower center", ncols=2)
     figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def _draw_race(axis: Any, race: Race, metric: str, chosen: float, style: str) -> None:
+    ends = []
+    for curve in race.ours:
+        minutes, values = _curve(curve, metric)
+        axis.step(minutes, values, where="post", color="C0", lw=0.8, ls=style, alpha=0.35)
+        ends.append((minutes[-1], values[-1]))
+    axis.plot(
+        *zip(*ends, strict=True),
+        color="C0",
+        lw=2,
+        ls=style,
+        marker="o",
+        label=f"clasp, a run a budget, seed {race.seed}",
+    )
+    for lr, curve in race.peers.items():
+        minutes, values = _curve(curve, metric)
+        if lr != chosen:
+            axis.step(minutes, values, where="post", color="0.8", lw=1, ls=style)
+            continue
+        axis.step(minutes, values, where="post", color="C1", lw=2, ls=style, label=f"{PEER}, seed {race.seed}")
+        axis.axhline(values[-1], color="C1", lw=0.8, ls=":")
+
+
+def _curve(curve: Curve, metric: str) -> tuple[list[float], list[float]]:
+    """Minutes, and the best per cent up to each."""
+    return [point.seconds / 60 for point in curve.points], [100 * value for value in curve.best_so_far(metric)]
+
+
+def main() -> None:
+    """Draw ``quality.png`` again from ``quality.jsonl`` in the folder given, that of this file by default."""
+    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent
+    races = read_races(folder / RACES_FILE)
+    if not races:
+        sys.exit(f"there is no race in {folder / RACES_FILE}; python -m benchmarks.quality writes it")
+    draw(races, folder / "quality.png")
+
+
+if __name__ == "__main__":
+    main()

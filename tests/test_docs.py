@@ -45,7 +45,7 @@ def test_every_recipe_key_is_in_the_reference():
     assert not [name for name, key in listed.items() if not key.description], "a key has a docstring below it"
     page = reference.render_recipe_keys()
     assert not [name for name, kind in recipe_keys().items() if kind is not None and f"\n`{name}`{{#" not in page]
-    assert '`train.batch_size`{#train-batch_size}\n: integer > 1, "auto"; default `"auto"`' in page
+    assert '`train.batch_size`{#train-batch_size}\n: integer > 1 ≤ 1,000,000,000, "auto"; default `"auto"`' in page
 
 
 def test_every_verb_and_option_is_in_the_reference():

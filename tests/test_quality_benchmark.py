@@ -7,10 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from benchmarks import quality
 from benchmarks.class_photos import open_split, write_splits
 from benchmarks.harness import Measured
 from benchmarks.quality import _follow, choose_rate
-from benchmarks.quality_page import Curve, Outcome, Point, Race
+from benchmarks.quality_page import RACES_FILE, Curve, Outcome, Point, Race, append_race, draw, read_races
 
 from clasp.data.pairs import open_pairs
 from clasp.types import UserError
@@ -74,6 +75,38 @@ def test_races_of_several_seeds():
     assert (total.ours.values, there.ours.values, there.theirs) == ((50, 90), (50, 90), Measured("", (100, 300)))
     assert total.ratio == 70 / 600 and there.ratio == 70 / 200 and "40.0, 30.0 %" in total.work
     assert "| 1 | a (chosen) | 300 | 30.0 | 60.0 |" in outcome.markdown()
+
+
+def test_a_race_is_kept_as_it_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A failure in a later one loses none: the same command goes on, and the figure is drawn from the file."""
+    photos = write_classes(toys(120), tmp_path / "classes")
+    words = ["quality", "--pairs", str(photos), "--test", str(photos), "--seeds", "0,1", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", [*words, "--work", str(tmp_path / "work")])
+    raced, fails = list[int](), {1}
+
+    def run_race(folder: Path, given: object, precision: str, seed: int) -> Race:
+        if seed in fails:
+            raise RuntimeError("no memory")
+        raced.append(seed)
+        return Race(seed, [curve("clasp", (50, 0.4), (60, 0.3))], {1e-3: curve("peer", (100, 0.4 + seed / 10))})
+
+    monkeypatch.setattr(quality, "run_race", run_race)
+    monkeypatch.setattr(quality, "run_tests", lambda *given: {})
+    monkeypatch.setattr(quality, "_compile_imports", lambda work: None)
+    with pytest.raises(SystemExit, match=r"no memory\nthe races that ended are kept in .*quality\.jsonl"):
+        quality.main()
+    fails.clear()
+    quality.main()
+    assert raced == [0, 1], "the first was not run again"
+    assert "| 0 | clasp | 60 | 40.0 | 80.0 |" in (tmp_path / "quality.md").read_text()
+    assert not (tmp_path / "work").exists() and (tmp_path / "quality.png").exists()
+    races = read_races(tmp_path / RACES_FILE)
+    assert [race.seed for race in races] == [0, 1] and races[1].peers[1e-3].points == [Point(100, 0.5, 1.0)]
+    append_race(tmp_path / RACES_FILE, races[0], {"minutes": 1})
+    assert len(read_races(tmp_path / RACES_FILE)) == 1, "others have other settings"
+    (tmp_path / "quality.png").unlink()
+    draw(races, tmp_path / "quality.png")
+    assert (tmp_path / "quality.png").exists()
 
 
 def test_logs_are_read_while_they_are_written(tmp_path: Path):

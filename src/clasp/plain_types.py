@@ -23,6 +23,9 @@ ProgressCallback = Callable[[int, int], None]
 ProgressFactory = Callable[[str], AbstractContextManager[ProgressCallback]]
 """Opens a progress bar with the given title"""
 
+MAX_COUNT = 1_000_000_000
+"""Largest number of pairs, steps or epochs in a recipe"""
+
 Precision = Literal["float32", "bfloat16"]
 """What a forward pass computes in"""
 AttentionKernel = Literal["fused", "plain"]

@@ -64,6 +64,9 @@ def test_what_has_no_columns_is_given_no_hint_of_one(tmp_path: Path):
             list(equal_caption_lines(pairs, source))
 
 
+ONE_PIXEL = b"P6 1 1 255\n\0\0\0"
+
+
 class Stored(Unread):
     """An image that counts how often images are read."""
 
@@ -79,8 +82,10 @@ class Stored(Unread):
 
 
 def test_images_are_compared_until_one_differs():
+    same = ONE_PIXEL
+
     def pairs(*groups: str) -> list[Pair]:
-        images = [Stored(str(number), b"other" if number == 2 else b"same") for number in range(len(groups))]
+        images = [Stored(str(number), b"other" if number == 2 else same) for number in range(len(groups))]
         return [Pair(each.name, each, (), group, {}) for each, group in zip(images, groups, strict=True)]
 
     Stored.count = 0
@@ -89,6 +94,8 @@ def test_images_are_compared_until_one_differs():
     require_different_images(pairs("a", "a"), "zoo")
     with pytest.raises(UserError, match=r"^every image of zoo is the same.*apart; image= names"):
         require_different_images(pairs("a", "b"), "zoo")
+    same = b"text in a file named .jpg"
+    require_different_images(pairs("a", "b"), "zoo")  # said where images are decoded
 
 
 @pytest.mark.parametrize(

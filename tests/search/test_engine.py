@@ -607,11 +607,11 @@ PICTURE = Image.new("RGB", (4, 4))
         (b"a", "1 bytes alone"),
         (Path("a.png"), "a.png"),
         (PICTURE, "PIL.Image.Image"),
-        (None, "None alone"),
-        (5, "of type int: 5 alone"),
+        (None, "None"),
+        (5, "a value of type int: 5"),
         ({"a.png": 1}, "of type dict"),
         ({"a.png"}, "of type set"),
-        (ARRAY, r"an array \(numpy.ndarray of shape \(4, 4, 3\), uint8\); PIL.Image.fromarray makes"),
+        (ARRAY, r"an array \(numpy.ndarray of shape \(4, 4, 3\), uint8\)"),
         (torch.zeros(2, 3, 4, 4), r"an array \(torch.Tensor of shape \(2, 3, 4, 4\), torch.float32\)"),
     ],
     ids=lambda value: type(value).__name__,
@@ -634,6 +634,33 @@ def test_a_wrong_argument_among_good_ones_is_named(wrong: Any):
     assert "\n" not in str(error.value)
     with pytest.raises(UserError, match=r"encode_image: image 1 is .*; it takes a path, encoded bytes or a PIL image"):
         model().encode_image([PICTURE, wrong])
+
+
+UNREADABLE = {
+    "none.jpg": "none.jpg: no such file",
+    "": "an empty path: no such file",
+    "folder": "folder: cannot be read: Is a directory",
+    "a\0b": r"a\x00b: cannot be read: embedded null byte",
+    "loop.png": "loop.png: cannot be read: Too many levels of symbolic links",
+    "pipe.jpg": "pipe.jpg is a pipe, not a regular file",
+    "text.jpg": "text.jpg: not an image, or of a format that Pillow cannot read",
+    "cut.png": "cut.png: damaged image: image file is truncated",
+}
+
+
+def test_an_image_that_cannot_be_read_is_named_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    Path("folder").mkdir()
+    Path("loop.png").symlink_to("loop.png")
+    os.mkfifo("pipe.jpg")
+    Path("text.jpg").write_text("no image")
+    Path("cut.png").write_bytes(png((255, 0, 0))[:50])
+    for path, line in UNREADABLE.items():
+        with pytest.raises(UserError) as error:
+            model().encode_image([PICTURE, path])
+        assert str(error.value) == line
+    with pytest.raises(UserError, match=r"^image 1: not an image, or of a format that Pillow cannot read$"):
+        model().encode_image([PICTURE, b"no image"])
 
 
 def test_text_that_is_not_unicode_is_named():

@@ -9,6 +9,7 @@ from __future__ import annotations
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from clasp.errors import counted
+from clasp.plain_types import MAX_COUNT
 
 LEAST_MINUTES = 0.5
 """About what features and heads in closed form take on two cores, however few the pairs"""
@@ -19,10 +20,10 @@ class AutoSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    minutes: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    minutes: float | None = Field(default=None, gt=0, le=1_000_000, allow_inf_nan=False)
     """Wall time in minutes, features and evaluations included. The closed form, which comes first, is always finished,
     however small the budget"""
-    steps: int | None = Field(default=None, gt=0)
+    steps: int | None = Field(default=None, gt=0, le=MAX_COUNT)
     """Gradient steps in place of minutes"""
 
     @model_validator(mode="after")

@@ -13,10 +13,13 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
+from torch import nn
 
+from clasp.config.memory_check import require_memory
 from clasp.config.recipe import Recipe, recipe_from_dict
 from clasp.data.bpe import train_bpe
 from clasp.data.cache_folder import cache_folder
+from clasp.data.caption_ids import TokenizerSettings
 from clasp.data.images import ImageTransform
 from clasp.data.loader import log_skipped
 from clasp.data.tokenizer import Tokenizer
@@ -25,13 +28,16 @@ from clasp.models.cache_policy import CachePolicy
 from clasp.models.dual_encoder import DualEncoder
 from clasp.models.feature_settings import FeatureCallbacks, FeatureSettings
 from clasp.models.features import FeatureSource
+from clasp.models.heads import HEAD_MAPS
 from clasp.models.inference import EmbeddingModel, EncoderPrecision
 from clasp.models.precision import PrecisionChoice, frozen_precision, resolve_precision
 from clasp.models.sharing.backbones import share_backbones
 from clasp.models.sharing.policy import SharingPlan
 from clasp.models.sharing.tie import tie_parameters
+from clasp.models.structure import learned_positions
 from clasp.models.tower import Tower
 from clasp.models.tower_settings import ImageTowerSettings, TextTowerSettings
+from clasp.models.tuning.prompts import positions_of_prompts
 from clasp.models.zoo.hub_runs import fetch_run
 from clasp.models.zoo.registry import load_backbone
 from clasp.models.zoo.single_trunk import build_single_trunk
@@ -82,6 +88,7 @@ def _assemble(recipe: Recipe, backbones: _Backbones) -> DualEncoder:
     _select(recipe, model, tuned)
     model.sharing = backbones.sharing
     _check_micro_batch(recipe, model)
+    _check_positions(recipe, model.text)
     return model
 
 
@@ -98,13 +105,13 @@ def rebuild_heads(parts: ModelAndPreprocessing, recipe: Recipe) -> ModelAndPrepr
 
 def build_image_tower(recipe: Recipe) -> tuple[Tower, ImageTransform]:
     """The image tower of a recipe without the text tower, untuned. Raises ``UserError`` where it cannot be opened."""
-    backbone = load_backbone(recipe.image, seed=recipe.train.seed)
+    backbone = _load_backbone(recipe.image, recipe.train.seed, meta=False)
     return _tower(backbone, recipe.image), _transform(recipe, backbone)
 
 
 def build_text_tower(recipe: Recipe) -> tuple[Tower, Tokenizer]:
     """The text tower of a recipe without the image tower, untuned. Raises ``UserError`` where it cannot be opened."""
-    backbone = load_backbone(recipe.text, seed=recipe.train.seed + 1)
+    backbone = _load_backbone(recipe.text, recipe.train.seed + 1, meta=False)
     return _tower(backbone, recipe.text), _tokenizer(recipe, backbone, None)
 
 
@@ -168,8 +175,8 @@ class _Backbones(NamedTuple):
 def _open_backbones(recipe: Recipe, *, meta: bool) -> _Backbones:
     """Both backbones, with the recipe's weight sharing; untrained nets are initialised from its seed."""
     seed = recipe.train.seed
-    image = load_backbone(recipe.image, meta=meta, seed=seed)
-    text = load_backbone(recipe.text, meta=meta, seed=seed + 1)
+    image = _load_backbone(recipe.image, seed, meta=meta)
+    text = _load_backbone(recipe.text, seed + 1, meta=meta)
     if recipe.share is None:
         return _Backbones(image, text, None)
     image, text = replace(image, weight_hashes=None), replace(text, weight_hashes=None)  # sharing writes to weights
@@ -185,6 +192,14 @@ def _open_backbones(recipe: Recipe, *, meta: bool) -> _Backbones:
     made = build_single_trunk(image, text, trunk, policy, seed=seed + 2)
     image = replace(made.image, new_parameters=made.image_new)
     return _Backbones(image, replace(made.text, new_parameters=made.text_new), made.sharing)
+
+
+def _load_backbone(settings: ImageTowerSettings | TextTowerSettings, seed: int, *, meta: bool) -> Backbone:
+    """The backbone of a tower. Raises ``UserError`` where a net that the recipe sizes does not fit into memory."""
+    if settings.net is not None and not meta:
+        sized, side = load_backbone(settings, meta=True, seed=seed), settings.tower.partition(":")[2]
+        require_memory(sized.net, f"[{side}.net]", "lower its width, hidden, layers, vocabulary or context")
+    return load_backbone(settings, meta=meta, seed=seed)
 
 
 def _build_towers(recipe: Recipe, backbones: _Backbones) -> tuple[Tower, Tower]:
@@ -205,7 +220,10 @@ def _tower(base: Backbone, settings: ImageTowerSettings | TextTowerSettings) -> 
 
 
 def _add_heads(recipe: Recipe, image: Tower, text: Tower) -> DualEncoder:
-    """Both towers with untrained heads."""
+    """Both towers with untrained heads. Raises ``UserError`` where these do not fit into memory."""
+    with torch.device("meta"):
+        sized = nn.ModuleList(HEAD_MAPS[recipe.head.kind](tower.width, recipe.head) for tower in (image, text))
+    require_memory(sized, "the heads", "lower head.width or head.hidden")
     model = DualEncoder(
         image,
         text,
@@ -253,6 +271,19 @@ def _check_micro_batch(recipe: Recipe, model: DualEncoder) -> None:
             f"train.micro_batch = {micro_batch}: BatchNorm in {recipe.image.tower} takes its statistics of whole "
             "batches; leave micro_batch out, or choose norms without: image.net.stem = 'group', "
             "image.net.branch.kind = 'gated'"
+        )
+
+
+def _check_positions(recipe: Recipe, text: Tower) -> None:
+    """Raise ``UserError`` where captions of ``text.max_tokens``, with the prompts before them, have no positions."""
+    positions, prompts = learned_positions(text.net), positions_of_prompts(text.net)
+    if positions is None:
+        return
+    tokens = recipe.text.max_tokens or min(TokenizerSettings().max_tokens, positions)
+    if tokens + prompts > positions:
+        raise UserError(
+            f"text.max_tokens = {tokens}{f' with {prompts} prompts' if prompts else ''}: {text.name} has positions for "
+            f"{positions} tokens; at most {max(positions - prompts, 0)}"
         )
 
 

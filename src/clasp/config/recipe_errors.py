@@ -11,6 +11,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from clasp.data.formats.rows import shorten
+
 RENAMED_KEYS = {
     "data.features": "data.feature_cache",
     "data.views": "data.cached_augmentations",
@@ -63,13 +65,15 @@ def explain_validation_error(error: ValidationError, known: Mapping[str, Any]) -
     if kind == "list_type":
         return f"{key} = {given!r} should be a list: [{given!r}]"
     expected = dict.fromkeys(_expected(each) for each in error.errors() if _key(each, known) == key)
-    return f"{key} = {given!r} should {' or '.join(expected)}"
+    return f"{key} = {shorten(given)} should {' or '.join(expected)}"
 
 
 def _expected(error: Any) -> str:
     """The values that pydantic expects, as the end of the sentence ``key = value should …``."""
     if error["type"] == "literal_error":
         return f"be {error['ctx']['expected']}"
+    if error["type"] == "int_parsing_size":
+        return "be a smaller whole number"
     expected = error["msg"].partition(" should ")[2] or error["msg"]
     return expected.replace(" after validation", "").replace("a valid tuple", "a list")
 

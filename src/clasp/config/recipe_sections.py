@@ -15,6 +15,7 @@ from clasp.data.formats.rows import ColumnNames
 from clasp.models.logit_settings import LogitSettings
 from clasp.models.sharing.policy import SharingSettings
 from clasp.models.sharing.trunk_settings import DEFAULT_TRUNK_PARTS, SingleTrunkSettings
+from clasp.plain_types import MAX_COUNT
 from clasp.plain_types import StorageDtype as StorageName
 from clasp.training.loss_settings import LossSettings
 
@@ -30,9 +31,9 @@ class ShareSettings(SharingSettings):
     """The tower whose pre-trained blocks are the shared trunk; new parameters of the other tower always train"""
     embedding: Literal["tower", "random"] = "tower"
     """Initial patch or token embeddings of the other modality: those of its tower, or random"""
-    patch: int = Field(default=16, ge=1)
+    patch: int = Field(default=16, ge=1, le=4096)
     """Patch side in pixels, where patch embeddings are random"""
-    context: int = Field(default=77, ge=1)
+    context: int = Field(default=77, ge=1, le=32_768)
     """Maximum tokens of a caption, where token embeddings are random"""
 
     @model_validator(mode="before")
@@ -80,7 +81,7 @@ class DataSettings(BaseModel):
     """Names of the columns; each format's usual ones where left out"""
     languages: list[str] = []
     """Keep captions in these languages only; all where empty"""
-    max_pairs: Annotated[int, Field(ge=2)] | None = None
+    max_pairs: Annotated[int, Field(ge=2, le=MAX_COUNT)] | None = None
     """Most training pairs: where there are more, those whose groups have the lowest hashes are trained on, and the
     others are not read; validation keeps all of its own"""
     captions: Literal["sample", "all"] = "sample"

@@ -161,7 +161,8 @@ class OnnxModel:
         try:
             return self.transform(image)
         except ImageError as error:
-            raise UserError(f"{image if isinstance(image, str | Path) else f'image {position}'}: {error}") from None
+            place = "" if isinstance(image, str | Path) else f"image {position}: "  # an error names a path
+            raise UserError(f"{place}{error}") from None
 
     @cached_property
     def _caption_ids(self) -> CaptionIds:

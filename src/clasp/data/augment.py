@@ -82,10 +82,11 @@ class Augment:
             if not 0 <= asdict(self)[name] <= limit:
                 raise UserError(f"augment {name} = {asdict(self)[name]} is not between 0 and {limit}")
         operations, magnitude = self.randaugment
-        if self.randaugment != (0, 0) and not (operations >= 1 and 1 <= magnitude <= _MAX_MAGNITUDE):
+        valid = 1 <= operations <= _MAX_OPERATIONS and 1 <= magnitude <= _MAX_MAGNITUDE
+        if self.randaugment != (0, 0) and not valid:
             raise UserError(
-                f"augment randaugment = ({operations}, {magnitude}) is neither (0, 0), for off, nor at least one "
-                f"operation and a magnitude from 1 to {_MAX_MAGNITUDE}"
+                f"augment randaugment = ({operations}, {magnitude}) is neither (0, 0), for off, nor from 1 to "
+                f"{_MAX_OPERATIONS} operations and a magnitude from 1 to {_MAX_MAGNITUDE}"
             )
 
     def sample_params(self, seed: int) -> AugmentParams:
@@ -127,6 +128,7 @@ class Augment:
 
 # --- RandAugment ---------------------------------------------------------------------------------------------------
 
+_MAX_OPERATIONS = 10  # as many as there are
 _MAX_MAGNITUDE = 10  # the magnitude of the strongest effect
 _APPLY_PROBABILITY = 0.5  # probability that a drawn operation is applied
 _FILL_COLOR = (128, 128, 128)  # fills uncovered areas

@@ -26,7 +26,7 @@ from jaxtyping import Float
 from PIL import ExifTags, Image, JpegImagePlugin, TiffImagePlugin, UnidentifiedImageError
 
 from clasp.data.regular_file import read_regular_file
-from clasp.errors import UserError
+from clasp.errors import UserError, printable
 
 CropBox = tuple[float, float, float, float]
 RGBColor = tuple[int, int, int]
@@ -186,24 +186,49 @@ def load_opened(image: Any) -> None:
 
 @contextmanager
 def open_image(image: bytes | str | Path | Image.Image) -> Iterator[Image.Image]:
-    """The image, opened but not decoded; errors in the block are raised as ``ImageError``."""
+    """The image, opened but not decoded; errors in the block are raised as ``ImageError``, which names a path."""
     if not is_image_form(image):
         raise ImageError(f"{type(image).__name__} is no image: {IMAGE_FORMS} is wanted")
+    if not isinstance(image, str | Path):
+        with _image_errors():
+            yield from _opened(image)
+        return
+    encoded = _read_file(image)
     try:
-        if isinstance(image, Image.Image):
-            yield image
-        else:
-            encoded = image if isinstance(image, bytes) else read_regular_file(image)
-            with Image.open(io.BytesIO(encoded), formats=available_decoders()) as picture:
-                yield picture
-    except (ImageError, MemoryError):
-        raise
+        with _image_errors():
+            yield from _opened(encoded)
+    except ImageError as error:
+        raise ImageError(f"{printable(str(image))}: {error}") from error.__cause__
+
+
+def _opened(image: bytes | Image.Image) -> Iterator[Image.Image]:
+    if isinstance(image, Image.Image):
+        yield image
+    else:
+        with Image.open(io.BytesIO(image), formats=available_decoders()) as picture:
+            yield picture
+
+
+def _read_file(path: str | Path) -> bytes:
+    """The bytes of an image file. Raises ``ImageError``, which names it once."""
+    try:
+        return read_regular_file(path)
     except UserError as error:
         raise ImageError(str(error)) from error
     except FileNotFoundError as error:
-        raise ImageError(f"no such file: {image}") from error
-    except (IsADirectoryError, PermissionError) as error:
-        raise ImageError(f"cannot be read: {error.strerror}") from error
+        raise ImageError(f"{printable(str(path)) or 'an empty path'}: no such file") from error
+    except (OSError, ValueError) as error:  # ValueError: a path with NUL
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise ImageError(f"{printable(str(path))}: cannot be read: {reason}") from error
+
+
+@contextmanager
+def _image_errors() -> Iterator[None]:
+    """Errors in the block as ``ImageError``."""
+    try:
+        yield
+    except (ImageError, MemoryError):
+        raise
     except UnidentifiedImageError as error:
         raise ImageError("not an image, or of a format that Pillow cannot read") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:

@@ -13,12 +13,13 @@ import importlib
 import importlib.util
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from clasp.plain_types import UserError
 
 OUTSIDE_FORM = "package.module:Name"
+_FEW_NAMES = 20
 
 
 def load_named(text: str, table: Mapping[str, Any], key: str) -> Any:
@@ -68,6 +69,14 @@ def list_choices(table: Mapping[str, Any]) -> str:
     """The keys as ``'a', 'b' or 'c'``, for error messages."""
     *others, last = map(repr, table)
     return f"{', '.join(others)} or {last}" if others else last
+
+
+def valid_names(given: str, known: Sequence[str]) -> str:
+    """What a name could have been, for error messages: every known name where they are few, else the nearest."""
+    if len(known) > _FEW_NAMES:
+        return f"nearest of {len(known)}: {', '.join(difflib.get_close_matches(given, known, n=3, cutoff=0.0))}"
+    near = difflib.get_close_matches(given, known, n=1)
+    return f"there are {', '.join(known)}{f'; did you mean {near[0]}?' if near else ''}"
 
 
 def _append_current_folder() -> None:

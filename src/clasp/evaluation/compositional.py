@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from clasp.data.formats.rows import is_blank
 from clasp.evaluation import metrics
 from clasp.evaluation.embedding_table import EmbeddingTable, TextBatcher, embed_batches
 from clasp.evaluation.name_checks import require_known
@@ -33,7 +34,7 @@ class HardNegativeQueries:
         read: makes text-tower inputs of texts.
 
     Raises:
-        UserError: an image without a negative, or with one that is its caption.
+        UserError: an image without a negative, with one that is its caption, or with an empty text.
     """
 
     candidates: Mapping[str, tuple[str, ...]]
@@ -46,6 +47,8 @@ class HardNegativeQueries:
         for image, (right, *negatives) in self.candidates.items():
             if not negatives:
                 raise UserError(f"image {image!r} has no negative caption")
+            if any(map(is_blank, (right, *negatives))):
+                raise UserError(f"image {image!r}: one of its captions is empty: {[right, *negatives]}")
             if right in negatives:
                 raise UserError(f"image {image!r}: its caption is among its negatives: {right!r}")
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Sequence
 
+from clasp.data.decoding import ImageError, ResizeSettings, decode_resized
 from clasp.data.distinct_captions import all_equal, shown_text
 from clasp.data.pairs import has_columns
 from clasp.errors import counted
@@ -53,7 +54,7 @@ def like_class_name_lines(classes: Sequence[str]) -> Iterator[str]:
 
 def require_different_images(pairs: Sequence[Pair], data: str) -> None:
     """Raises ``UserError`` where all images are the same bytes, and there are two groups. Reads images until one
-    differs or cannot be read."""
+    differs or cannot be read; equal files that are no images are reported where images are decoded."""
     first = pairs[0]
     several = False
     try:
@@ -63,7 +64,9 @@ def require_different_images(pairs: Sequence[Pair], data: str) -> None:
                 several = True
                 if pair.image.read() != content:
                     return
-    except (OSError, UserError):  # reported where images are read
+        if several:
+            decode_resized(content, ResizeSettings(1))
+    except (OSError, UserError, ImageError):  # reported where images are read
         return
     if several:
         hint = "; image= names the column of images" if has_columns(data) else ""

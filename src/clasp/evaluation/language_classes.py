@@ -14,6 +14,7 @@ from typing import Any
 
 from clasp.evaluation.class_labels import label_choices
 from clasp.evaluation.language_sets import ALL_LANGUAGES, macro_language, requested_languages
+from clasp.evaluation.name_checks import quote_first
 from clasp.evaluation.task_context import TaskContext
 from clasp.evaluation.tasks import MultilingualTask, ZeroShotTask
 from clasp.evaluation.zeroshot import ZeroShotQueries, read_templates
@@ -71,7 +72,7 @@ def _read_language_templates(given: str, languages: Sequence[str]) -> dict[str, 
         return dict.fromkeys(languages, read_templates(given))
     found = _read_json(given, "templates")
     if lacking := [language for language in languages if not isinstance(found.get(language), list)]:
-        raise UserError(f"templates={given} has no list of templates for {', '.join(lacking[:5])}")
+        raise UserError(f"templates={given} has no list of templates for {quote_first(lacking)}")
     return {language: [str(template) for template in found[language]] for language in languages}
 
 

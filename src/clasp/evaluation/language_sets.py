@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Literal
 
-from clasp.evaluation.name_checks import nearest_names
+from clasp.data.plugins import valid_names
 from clasp.evaluation.results import PartialResult, mean_result
 from clasp.types import UserError
 
@@ -62,7 +62,7 @@ def check_language_sets(sets: LanguageSets, known: Sequence[str]) -> None:
             raise UserError(f"the set {title!r} must name at least one language, and each once: {list(languages)}")
         for language in languages:
             if language not in known:
-                raise UserError(f"the set {title!r} names {language!r}; {nearest_names(language, known)}")
+                raise UserError(f"the set {title!r} names {language!r}; {valid_names(language, known)}")
 
 
 def macro_results(results: Sequence[PartialResult], sets: LanguageSets) -> list[PartialResult]:

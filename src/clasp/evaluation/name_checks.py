@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
 
 from clasp.types import UserError
 
@@ -31,8 +30,3 @@ def quote_first(names: Sequence[str], most: int = 5) -> str:
     """The first few names in quotes, and how many more there are."""
     listed = ", ".join(map(repr, names[:most]))
     return listed if len(names) <= most else f"{listed} and {len(names) - most} more"
-
-
-def nearest_names(given: str, known: Sequence[str]) -> str:
-    """The known names most like the given one, for an error."""
-    return f"nearest of {len(known)}: {', '.join(get_close_matches(given, known, n=3, cutoff=0.0))}"

@@ -12,8 +12,8 @@ from dataclasses import replace
 
 from clasp.data.corruptions import CORRUPTIONS, MAX_SEVERITY, CorruptedImage
 from clasp.data.pairs import Pairs
+from clasp.data.plugins import valid_names
 from clasp.evaluation.embedding_folder import StoredEncoder
-from clasp.evaluation.name_checks import nearest_names
 from clasp.evaluation.results import EvaluationResult, PartialResult, mean_result
 from clasp.evaluation.task_context import TaskContext
 from clasp.evaluation.tasks import ZeroShotTask
@@ -54,7 +54,7 @@ def _names(given: str) -> list[str]:
     names = list(CORRUPTIONS) if given == "all" else given.split(",")
     for name in names:
         if name not in CORRUPTIONS:
-            raise UserError(f"corruptions={given}: {name!r} is none; {nearest_names(name, list(CORRUPTIONS))}")
+            raise UserError(f"corruptions={given}: {name!r} is none; {valid_names(name, list(CORRUPTIONS))}")
     if len(set(names)) < len(names):
         raise UserError(f"corruptions={given} names one twice")
     return names

@@ -15,9 +15,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar, runtime_checkable
 
+from clasp.data.plugins import valid_names
 from clasp.evaluation.embedding_table import EmbeddingTable, ImageBatches, embed_batches
 from clasp.evaluation.language_sets import LanguageSets, check_language_sets, macro_language, macro_results
-from clasp.evaluation.name_checks import nearest_names
 from clasp.evaluation.query_scores import QueryScores, resample_scores
 from clasp.evaluation.results import EvaluationResult, PartialResult, PrimaryScore, mean_result
 from clasp.evaluation.retrieval import RetrievalQueries
@@ -249,4 +249,4 @@ def _metric_names(queries: EvaluationQueries) -> tuple[str, ...]:
 
 def _check_primary(primary: str, names: Sequence[str]) -> None:
     if primary not in names:
-        raise UserError(f"there is no metric {primary!r}; {nearest_names(primary, names)}")
+        raise UserError(f"there is no metric {primary!r}; {valid_names(primary, names)}")

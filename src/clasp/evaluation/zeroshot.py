@@ -12,7 +12,6 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from itertools import accumulate
 from pathlib import Path
 
@@ -21,6 +20,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from clasp.data.formats.rows import is_blank
+from clasp.data.plugins import valid_names
 from clasp.evaluation import metrics
 from clasp.evaluation.embedding_table import EmbeddingTable, TextBatcher, embed_batches
 from clasp.evaluation.multilabel import two_class_influence
@@ -77,13 +78,14 @@ class ZeroShotQueries:
         described = self.descriptions
         if described is not None and (bare := [name for name in self.classes if not described.get(name)]):
             raise UserError(f"{len(bare)} of {len(self.classes)} classes have no description: {quote_first(bare)}")
+        if described is not None and (empty := [name for name in self.classes if any(map(is_blank, described[name]))]):
+            raise UserError(f"an empty text is among the descriptions of {quote_first(empty)}")
         known = set(self.classes)
         for image, label in self.labels.items():
             if label is not None and label not in known:
-                nearest = get_close_matches(label, self.classes, n=3, cutoff=0.0)
                 raise UserError(
                     f"image {image!r} is labelled {label!r}, which is none of the {len(known)} classes; "
-                    f"nearest: {', '.join(map(repr, nearest))}"
+                    f"{valid_names(label, self.classes)}"
                 )
 
     def score(self, encoder: Encoder, images: EmbeddingTable) -> list[QueryScores]:
@@ -186,7 +188,7 @@ def _template_list(text: str, given: str) -> list[str]:
         templates = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UserError(f"templates={given} is not a JSON list: {error}") from None
-    if not templates or not all(isinstance(template, str) and template.strip() for template in templates):
+    if not templates or not all(isinstance(template, str) and not is_blank(template) for template in templates):
         raise UserError(f'templates={given} must be a list of texts such as ["a photo of a {{}}.", "a {{}}."]')
     return templates
 
@@ -202,7 +204,7 @@ def read_descriptions(path: str | Path) -> dict[str, list[str]]:
     if not isinstance(found, dict) or not found:
         raise UserError(f"descriptions={path} must be an object that is not empty: {{class: [texts]}}")
     for name, texts in found.items():
-        if not isinstance(texts, list) or not all(isinstance(text, str) and text.strip() for text in texts):
+        if not isinstance(texts, list) or not all(isinstance(text, str) and not is_blank(text) for text in texts):
             raise UserError(f"descriptions={path}: {name!r} must have a list of texts")
     return found
 
@@ -229,7 +231,7 @@ def read_class_names(path: str | Path) -> list[str]:
 
 
 def _check_class_names(names: Sequence[str], where: str) -> None:
-    stripped = [name.strip() for name in names]
-    if "" in stripped:
-        raise UserError(f"{where} hold an empty name, at position {stripped.index('')} of {len(names)}, counted from 0")
+    stripped, empty = [name.strip() for name in names], [place for place, name in enumerate(names) if is_blank(name)]
+    if empty:
+        raise UserError(f"{where} hold an empty name, at position {empty[0]} of {len(names)}, counted from 0")
     refuse_repeats(stripped, where)

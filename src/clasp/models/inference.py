@@ -20,7 +20,6 @@ from torch import Tensor
 
 from clasp.data.device import to_device
 from clasp.data.formats.rows import require_unicode, shorten
-from clasp.data.formats.skipped_files import escape_name
 from clasp.data.images import IMAGE_FORMS, ImageError, ImageTransform, is_image_form, load_opened
 from clasp.data.loader import inference_batch_size, iter_text_batches
 from clasp.data.read_ahead import DECODE_THREADS, available_cores, read_ahead
@@ -133,8 +132,9 @@ class EmbeddingModel:
         """Strings to L2-normalised embeddings; equal ones are encoded once, in batches of similar length.
 
         ``tokens_per_batch``: tokens in one forward pass of the tower; by default 4,096, and 2,048 in bfloat16 on a CPU,
-        whose caches hold more of a layer then. Raises ``UserError`` for an element that is no string or not valid
-        Unicode, and for an argument that is no list.
+        whose caches hold more of a layer then. An empty string has the embedding of the tokenizer's special tokens, as
+        in open_clip and sentence-transformers; what asks or learns refuses it. Raises ``UserError`` for an element that
+        is no string, not valid Unicode or without a token, and for an argument that is no list.
         """
         texts = _require_list(texts, "encode_text", "strings")
         for place, text in enumerate(texts):
@@ -176,8 +176,8 @@ class EmbeddingModel:
         try:
             return self.transform(image)
         except (ImageError, OSError) as error:
-            name = escape_name(str(image)) if isinstance(image, str | Path) else f"image {position}"
-            raise UserError(f"{name}: {error}") from None
+            place = "" if isinstance(image, str | Path) else f"image {position}: "  # an error names a path
+            raise UserError(f"{place}{error}") from None
 
 
 def _require_list(given: Any, function: str, what: str) -> list[Any]:
@@ -185,8 +185,9 @@ def _require_list(given: Any, function: str, what: str) -> list[Any]:
     numbers = isinstance(given, Tensor) or (isinstance(given, np.ndarray) and given.dtype.kind not in "OU")
     alone = is_image_form(given) or isinstance(given, Mapping | AbstractSet) or not isinstance(given, Iterable)
     if numbers or alone:
-        single = "" if numbers else " alone"
-        raise UserError(f"{function} takes a list of {what}, not {_describe(given)}{single}{_hint(given)}")
+        found, hint = _describe(given), _hint(given) if what == "images" else ""
+        found = f"{found} alone" if is_image_form(given) else found.replace("of type", "a value of type", 1)
+        raise UserError(f"{function} takes a list of {what}, not {found}{hint}")
     return list(given)
 
 

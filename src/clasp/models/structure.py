@@ -19,6 +19,7 @@ from torch import nn
 
 from clasp.models.family_layouts import BERT_LAYOUT, FAMILY_LAYOUTS, FamilyLayout
 from clasp.models.transformer.blocks import Block as OurBlock
+from clasp.models.transformer.encoders import TextTransformer
 from clasp.types import UserError
 
 if TYPE_CHECKING:
@@ -110,6 +111,19 @@ def is_bias(name: str, ndim: int) -> bool:
     """Whether a parameter is an additive bias, by the end of its name; a ``relative_position_bias_table`` is not."""
     leaf = name.rpartition(".")[2]
     return ndim == 1 and (leaf == "bias" or leaf.endswith("_bias"))
+
+
+def learned_positions(net: nn.Module) -> int | None:
+    """The rows of a text net's learned position embedding, in tokens; ``None`` where positions are not learned."""
+    rows = [
+        # RoBERTa-like models number positions from the padding id + 1
+        table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)
+        for name, table in net.named_modules()
+        if isinstance(table, nn.Embedding) and ("position" in name.rpartition(".")[2] or name == "wpe")
+    ]
+    if isinstance(net, TextTransformer):
+        rows.append(net.settings.context)
+    return min(rows, default=None)
 
 
 def _matching_paths(modules: dict[str, nn.Module], pattern: str) -> Iterator[str]:

@@ -14,6 +14,8 @@ from clasp.data.decoding import ResizeMode
 from clasp.models.transformer.settings import ImageTransformerSettings, TextTransformerSettings
 
 PoolingMode = Literal["cls", "mean", "last", "eos", "cls+mean", "mean+max", "attention", "pooler"]
+_Layer = Annotated[int, Field(ge=-1024, le=1024)]
+_Level = Annotated[int, Field(ge=0, le=255)]
 _PixelMean = Annotated[float, Field(ge=0, le=1)]
 _PixelStd = Annotated[float, Field(gt=0, le=1)]
 
@@ -28,9 +30,9 @@ class _TowerSettings(BaseModel):
     pool: PoolingMode | None = None
     """How hidden states are pooled to one vector; the choice of the tower's authors where left out. pooler: the
     pooling layers of the pre-trained net, such as SigLIP's attention head"""
-    layer: int | None = None
+    layer: _Layer | None = None
     """Use the hidden states after this many blocks (negative: from the end); the blocks above are dropped"""
-    extra_layers: list[int] | Literal["all"] = []
+    extra_layers: list[_Layer] | Literal["all"] = []
     """Also pool the hidden states after these blocks (counted as in ``layer``) and concatenate them to the last ones;
     "all": after every block. The recipe of a run has their numbers"""
     dropout: bool = False
@@ -49,7 +51,7 @@ class ImageTowerSettings(_TowerSettings):
     patch_dropout: float = Field(default=0.0, ge=0, lt=1)
     """Fraction of the patch tokens of each image dropped in training, before the first block that trains (FLIP, Li et
     al., CVPR 2023); for ViTs with absolute positions. Evaluation reads all tokens"""
-    background: tuple[int, int, int] = (255, 255, 255)
+    background: tuple[_Level, _Level, _Level] = (255, 255, 255)
     """Colour under transparent pixels, 0-255"""
     mean: tuple[_PixelMean, _PixelMean, _PixelMean] | None = None
     """Per-channel mean of the normalisation, RGB in [0, 1]; the tower's default where left out"""

@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from clasp.errors import UserError
+from clasp.plain_types import MAX_COUNT
 
 
 class LossSettings(BaseModel):
@@ -23,7 +24,7 @@ class LossSettings(BaseModel):
     positives: Literal["groups", "diagonal"] = "groups"
     """``groups``: a pair's positives are all pairs of its group or of its caption's text; ``diagonal``: itself alone,
     so that another caption of the same image is a negative (LilT)"""
-    negatives: Annotated[int, Field(gt=1)] | Literal["all"] = "all"
+    negatives: Annotated[int, Field(gt=1, le=MAX_COUNT)] | Literal["all"] = "all"
     """``all``: those in the whole batch. A number: those in a part of the batch, of so many pairs; the loss is the mean
     over the parts (LilT: 128, the pairs on one of four devices). Where the batch is no multiple of it, the parts are as
     few as will do, alike in size but for one pair, and each counts by its pairs"""

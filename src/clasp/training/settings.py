@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from clasp.data.plugins import list_choices
 from clasp.errors import counted
-from clasp.plain_types import AttentionKernel, Precision, UserError
+from clasp.plain_types import MAX_COUNT, AttentionKernel, Precision, UserError
 
 _Auto = Literal["auto"]
 
@@ -54,9 +54,9 @@ class TrainSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
-    batch_size: Annotated[int, Field(gt=1)] | _Auto = "auto"
+    batch_size: Annotated[int, Field(gt=1, le=MAX_COUNT)] | _Auto = "auto"
     """Pairs in a step; the negatives of a pair are the others of its batch."""
-    micro_batch: Annotated[int, Field(gt=0)] | _Auto = "auto"
+    micro_batch: Annotated[int, Field(gt=0, le=MAX_COUNT)] | _Auto = "auto"
     """Pairs whose activations are in memory at a time: a larger batch is split into micro-batches with gradient caching
     (GradCache), to the same gradient. "auto": the whole batch, or as many as fit, measured when training begins."""
     activation_checkpointing: Literal["none", "blocks"] = "none"
@@ -65,7 +65,7 @@ class TrainSettings(BaseModel):
     epochs: Annotated[int, Field(ge=0, le=1_000_000)] | _Auto = "auto"
     """Passes over the training pairs; 0: no gradient step, the initial weights (as those of ``head.init = "cca"``) are
     evaluated and saved."""
-    max_steps: Annotated[int, Field(ge=1)] | None = None
+    max_steps: Annotated[int, Field(ge=1, le=MAX_COUNT)] | None = None
     """Most gradient steps: training ends after them, within an epoch too, and the schedule ends with it. In
     ``schedule = "lilt"``, an epoch is then an equal share of the steps."""
     init_from: str | None = None
@@ -109,12 +109,12 @@ class TrainSettings(BaseModel):
     Encoding in bfloat16 on a CPU takes plain products in packaged towers, whatever is set."""
     seed: int = Field(default=0, ge=0, lt=2**62)
     """Random seed of pair order, caption sampling, augmentation, dropout and noise."""
-    evaluate_every: Annotated[int, Field(gt=0)] | Literal["auto", "end"] = "auto"
+    evaluate_every: Annotated[int, Field(gt=0, le=MAX_COUNT)] | Literal["auto", "end"] = "auto"
     """Epochs between evaluations, the first one before any step; the last epoch always ends with one. "auto": about ten
     in a run. "end": that one alone."""
     select: Literal["best", "last"] = "best"
     """Final weights: those of the best evaluation, or of the last step."""
-    log_every: int = Field(default=10, gt=0)
+    log_every: int = Field(default=10, gt=0, le=MAX_COUNT)
     """Steps between log lines."""
     save_every_minutes: float = Field(default=10.0, gt=0)
     """Minutes between saves of the training state that a run resumes from."""

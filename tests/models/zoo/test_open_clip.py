@@ -128,7 +128,7 @@ def test_what_cannot_be_had(folder: Path, tmp_path: Path, monkeypatch: pytest.Mo
         return load_backbone(ImageTowerSettings(tower=f"open_clip:{name}"), meta=meta)
 
     says("open_clip has no model 'ViT-B-23'; nearest: ViT-B-32", lambda: image("ViT-B-23/openai"))
-    says("(nearest: laion2b_s34b_b79k", lambda: image("ViT-B-32/laion2b_s34b_b97k", meta=True))
+    says("laion2b_s34b_b79k", lambda: image("ViT-B-32/laion2b_s34b_b97k", meta=True))
     says("open_clip:ViT-B-32/TAG takes a tag", lambda: image("ViT-B-32"))
     says("there is no file nowhere.pt", lambda: image("ViT-B-32@nowhere.pt"))
     says("has a ResNet for images", lambda: image("RN50/openai", meta=True))

@@ -25,7 +25,7 @@ class SingleTrunkSettings(BaseModel):
     """The modality whose pre-trained blocks are the trunk"""
     embedding: Literal["tower", "random"] = "tower"
     """Initialisation of the other modality's patch or token embedding: from its pre-trained tower, or random"""
-    patch: int = Field(default=16, ge=1)
+    patch: int = Field(default=16, ge=1, le=4096)
     """Side of a patch in pixels, for a random patch embedding"""
-    context: int = Field(default=77, ge=1)
+    context: int = Field(default=77, ge=1, le=32_768)
     """Maximum caption length in tokens, for a random token embedding"""

@@ -19,11 +19,11 @@ class BlockSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    width: int = Field(ge=1)
+    width: int = Field(ge=1, le=65_536)
     """D, the width of the states"""
     heads: int = Field(ge=1)
     """Attention heads; must divide ``width``"""
-    hidden: int | None = Field(default=None, ge=1)
+    hidden: int | None = Field(default=None, ge=1, le=1_048_576)
     """Width inside the feed-forward part; four times ``width`` where left out"""
     activation: Literal["gelu", "quick-gelu"] = "gelu"
     """Inside the feed-forward part"""
@@ -71,11 +71,11 @@ class ParallelBranchSettings(BaseModel):
 class ImageTransformerSettings(BlockSettings):
     """Architecture of an image encoder: input size, layers, and the image-only modules."""
 
-    size: int = Field(ge=1)
+    size: int = Field(ge=1, le=4096)
     """Side of the input image, pixels"""
     patch: int = Field(ge=1)
     """Side of one patch, pixels"""
-    layers: int = Field(ge=1)
+    layers: int = Field(ge=1, le=1024)
     """Blocks; a stem replaces the first"""
     stem: ConvNormKind | None = None
     """Early specialisation (MS-CLIP): convolutions in place of the patch embedding and layer 0, with this kind of
@@ -124,13 +124,13 @@ class ImageTransformerSettings(BlockSettings):
 class TextTransformerSettings(BlockSettings):
     """Architecture of a text encoder: vocabulary, context, layers and attention."""
 
-    vocabulary: int = Field(ge=1)
+    vocabulary: int = Field(ge=1, le=1_048_576)
     """Number of token ids"""
-    context: int = Field(ge=1)
+    context: int = Field(ge=1, le=32_768)
     """Maximum caption length, tokens"""
-    layers: int = Field(ge=1)
+    layers: int = Field(ge=1, le=1024)
     """Blocks"""
-    token_width: int | None = Field(default=None, ge=1)
+    token_width: int | None = Field(default=None, ge=1, le=65_536)
     """Width of the token embedding if factorised: a linear map projects it to ``width`` (ALBERT, Lan et al., 2020); by
     default ``width``, without a map"""
     attention: Literal["causal", "bidirectional"] = "causal"

@@ -36,9 +36,10 @@ def insert_adapters(
 
     LilT (section 3) inserts them at the input, before the norm, in its image tower, and at the output, before the
     residual sum, in its text tower. The bottleneck is ``width // reduction`` wide. Returns the names of the new
-    parameters. Raises ``UserError`` where the net has no known place of this kind, and for a block that has adapters.
+    parameters. Raises ``UserError`` where the net has no known place of this kind, for a block that has adapters, and
+    for a reduction above every width.
     """
-    names: set[str] = set()
+    names, widest = set[str](), 0
     for block in blocks:
         places = block.branch_inputs if place == "input" else block.branch_outputs
         if not places:
@@ -51,6 +52,7 @@ def insert_adapters(
         for number, path in enumerate(places, 1):
             module = net.get_submodule(path)
             width = _branch_width(net, path, module, place, _norm_width(owner))
+            widest = max(widest, width)
             with torch.device(next(module.parameters(), next(owner.parameters())).device):
                 adapter = Adapter(width, max(1, width // reduction), init, _is_channels_first(module, structure, place))
             name = f"adapter{number}"
@@ -59,6 +61,11 @@ def insert_adapters(
             owner.add_module(name, adapter)
             _register_adapter_hook(module, adapter, place)
             names |= {f"{block.path}.{name}.{p}" for p, _ in adapter.named_parameters()}
+    if reduction > widest > 0:
+        raise UserError(
+            f"adapters(reduction={reduction}): the branches of {structure.family} are at most {widest} wide, so there "
+            f"is nothing to reduce; at most {widest}"
+        )
     return names
 
 

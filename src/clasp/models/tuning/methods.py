@@ -205,6 +205,8 @@ class TuningMethod:
     the input of an adapter at a branch's output includes the update of the branch's last layer"""
     defaults: dict[str, Any] = field(default_factory=dict)
     choices: dict[str, tuple] = field(default_factory=dict)
+    most: Mapping[str, int] = field(default_factory=dict)
+    """the largest value of a whole number, where it does not depend on the net"""
     passes_to_peft: bool = False
     """whether further options are passed to peft, which validates them"""
     added_parameters: Mapping[str, WeightPath] = field(default_factory=dict)
@@ -229,8 +231,10 @@ class TuningMethod:
         if key in self.choices and value not in self.choices[key]:
             raise UserError(f"tuning {spec!r}: {key} is one of {', '.join(map(str, self.choices[key]))}, not {value!r}")
         counts = isinstance(self.defaults.get(key), int) or (self.passes_to_peft and key == "rank")
-        if counts and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-            raise UserError(f"tuning {spec!r}: {key} is a whole number from 1, not {value!r}")
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if counts and not (whole and 1 <= value <= self.most.get(key, value)):
+            limit = f" to {self.most[key]}" if key in self.most else ""
+            raise UserError(f"tuning {spec!r}: {key} is a whole number from 1{limit}, not {value!r}")
 
 
 _PEFT_DEFAULTS = {"targets": "auto"}
@@ -248,7 +252,9 @@ TUNING_METHODS: dict[str, TuningMethod] = {
         _mlp, "looked in its blocks for a module named mlp, ffn or feed_forward, with linear maps in it"
     ),
     "last": TuningMethod(_last, "looked for its last blocks", defaults={"n": 1}),
-    "deep": TuningMethod(_deep, "", stage=1, defaults={"n": 1, "init": "copy"}, choices={"init": DEEP_INITS}),
+    "deep": TuningMethod(
+        _deep, "", stage=1, defaults={"n": 1, "init": "copy"}, choices={"init": DEEP_INITS}, most={"n": 100}
+    ),
     "adapters": TuningMethod(
         _adapters,
         "looked for blocks in the range given",
@@ -270,7 +276,9 @@ TUNING_METHODS: dict[str, TuningMethod] = {
         )
         for name, row in peft_methods.PEFT_METHODS.items()
     },
-    "prompts": TuningMethod(_prompts, "", stage=4, defaults={"n": 8}, added_parameters={"prompts.*": "nonlinear"}),
+    "prompts": TuningMethod(
+        _prompts, "", stage=4, defaults={"n": 8}, most={"n": 1000}, added_parameters={"prompts.*": "nonlinear"}
+    ),
     "conv_branch": TuningMethod(
         _conv_branch,
         "",

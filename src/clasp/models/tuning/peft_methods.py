@@ -45,6 +45,8 @@ class PeftMethod:
     """Option names of the papers, to peft's names"""
     gradient_init: bool = False
     """Whether it adds a low-rank update B A whose A can be initialised from the gradient (``init="gradient"``)"""
+    highest_rank: Callable[[int, int], int] = min
+    """Of a layer with so many outputs and inputs: beyond it, the method writes no more updates than at it"""
     finish: Callable[[Iterable[nn.Module]], None] | None = None
     """Called with the wrapped layers after injection"""
 
@@ -53,10 +55,12 @@ def inject_peft(net: nn.Module, method: str, targets: list[str], options: dict[s
     """Wrap the linear layers ``targets`` with a peft method; returns the names of the parameters it added.
 
     ``rank`` and ``alpha`` are named as in the papers and are renamed for peft; other options are passed unchanged.
-    Raises ``UserError`` for an option that the method does not have, and for layers that peft cannot wrap.
+    Raises ``UserError`` for an option that the method does not have, for a rank above that of all layers, and for
+    layers that peft cannot wrap.
     """
-    before = {id(p) for p in net.parameters()}
     row = PEFT_METHODS[method]
+    _require_low_rank(net, method, targets, options)
+    before = {id(p) for p in net.parameters()}
     config = _peft_config(method, targets, options)
     from peft import inject_adapter_in_model
 
@@ -138,6 +142,21 @@ def initialize_lora_from_gradient(net: nn.Module, path: str, gradient: Float[Ten
 # --- how -------------------------------------------------------------------------------------------------------------
 
 
+def _require_low_rank(net: nn.Module, method: str, targets: Iterable[str], options: Mapping[str, Any]) -> None:
+    """Raises ``UserError`` for a rank, or a size of blocks, above that of every layer: peft would allocate it, on a CPU
+    for a net on the meta device too, or reduce it in silence. In a narrower layer a higher one adds nothing."""
+    shapes = [net.get_submodule(path).get_parameter("weight").shape for path in targets]
+    limit = max(PEFT_METHODS[method].highest_rank(shape[0], shape[1]) for shape in shapes)
+    pattern = options.get("rank_pattern")
+    asked = {name: options.get(name) for name in _RANKS} | (dict(pattern) if isinstance(pattern, Mapping) else {})
+    for name, value in asked.items():
+        if isinstance(value, int) and value > limit:
+            raise UserError(
+                f"tuning {method}: {name} = {value} is above the rank of every layer of {type(net).__name__} that it "
+                f"wraps; at most {limit}"
+            )
+
+
 def _make_padding_numeric(module: nn.Module) -> None:
     """``same`` and ``valid`` are padding 0 for a 1x1 convolution; peft's HRA expects numbers."""
     if isinstance(module, nn.Conv2d) and isinstance(module.padding, str):
@@ -193,6 +212,7 @@ def _peft_config(method: str, targets: list[str], options: dict[str, Any]) -> An
 # --- the table -------------------------------------------------------------------------------------------------------
 
 _DEFAULT_RANK = 8
+_RANKS = ("rank", "r", "oft_block_size")
 
 
 def _lora(*, added: Mapping[str, WeightPath] = {}, **options: Any) -> PeftMethod:
@@ -240,7 +260,13 @@ PEFT_METHODS: dict[str, PeftMethod] = {
         "OFTConfig",
         lambda rank: {"r": 0, "oft_block_size": 4 if rank is None else 0},
         {"*.oft_R.*": "nonlinear"},
+        highest_rank=lambda out, inside: inside,
         finish=_fix_oft_for_channels_last,
     ),
-    "hra": PeftMethod("HRAConfig", lambda rank: {"r": rank or _DEFAULT_RANK}, {"*.hra_u.*": "nonlinear"}),
+    "hra": PeftMethod(
+        "HRAConfig",
+        lambda rank: {"r": rank or _DEFAULT_RANK},
+        {"*.hra_u.*": "nonlinear"},
+        highest_rank=lambda out, inside: inside,
+    ),
 }

@@ -30,12 +30,13 @@ def insert_prompts(net: nn.Module, structure: ModelStructure, count: int) -> set
         raise UserError("prompts: given twice; ask for all of them at once, as in prompts(8)")
     first = net.get_submodule(structure.blocks[0].path)
     device = next(first.parameters()).device
-    if isinstance(net, BertEncoder) or (is_transformers_model(net) and net.main_input_name == "input_ids"):
+    if _takes_token_ids(net):
         if "inputs_embeds" not in inspect.signature(net.forward).parameters:
             raise UserError(
                 f"prompts: {structure.family} takes token ids only, so learned tokens cannot be put in front"
             )
-        width = next(net.get_input_embeddings().parameters()).shape[1]
+        text_net: Any = net
+        width = next(text_net.get_input_embeddings().parameters()).shape[1]
         prompts = PromptTokens(count, width, 0, device)
         net.register_forward_pre_hook(_PrependToTokens(prompts), with_kwargs=True)
     else:
@@ -45,6 +46,12 @@ def insert_prompts(net: nn.Module, structure: ModelStructure, count: int) -> set
     net.add_module("prompts", prompts)
     net.register_forward_hook(_RemovePrompts(prompts))
     return {"prompts.tokens"}
+
+
+def positions_of_prompts(net: nn.Module) -> int:
+    """How many positions of a tuned net its prompts take: none where they stand behind the position embedding."""
+    prompts = dict(net.named_children()).get("prompts")
+    return len(prompts.tokens) if isinstance(prompts, PromptTokens) and _takes_token_ids(net) else 0
 
 
 class PromptTokens(nn.Module):
@@ -66,6 +73,10 @@ class PromptTokens(nn.Module):
 
 
 # --- how -------------------------------------------------------------------------------------------------------------
+
+
+def _takes_token_ids(net: Any) -> bool:
+    return isinstance(net, BertEncoder) or (is_transformers_model(net) and net.main_input_name == "input_ids")
 
 
 class _PrependToTokens:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from clasp.data.tokenizer import Tokenizer
 from clasp.models.backbone import Backbone, Pooler
 from clasp.models.classifier import Classifier
-from clasp.models.structure import find_structure, find_unused_modules
+from clasp.models.structure import find_structure, find_unused_modules, learned_positions
 from clasp.models.tower_settings import ImageTowerSettings, TextTowerSettings
 from clasp.models.zoo.image_classifiers import find_labels, read_image_classifier
 from clasp.models.zoo.known_configs import KNOWN_CONFIGS
@@ -294,14 +294,8 @@ def _read_preprocessing(name: str, settings: ImageTowerSettings) -> Preprocessin
 
 
 def _max_positions(net: nn.Module, settings: TextTowerSettings) -> int | None:
-    """The rows of the learned position embedding, in tokens; ``None`` where positions are not learned."""
-    rows = [
-        # RoBERTa-like models number positions from the padding id + 1
-        table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)
-        for name, table in net.named_modules()
-        if isinstance(table, nn.Embedding) and ("position" in name.rpartition(".")[2] or name == "wpe")
-    ]
-    longest = min(rows, default=None)
+    """``learned_positions``. Raises ``UserError`` where ``max_tokens`` is more."""
+    longest = learned_positions(net)
     if longest is not None and settings.max_tokens is not None and settings.max_tokens > longest:
         raise UserError(f"max_tokens = {settings.max_tokens}: {settings.tower} has positions for {longest} tokens")
     return longest

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from clasp.data.images import ImageTransform
+from clasp.data.plugins import valid_names
 from clasp.models.backbone import Backbone
 from clasp.models.tower_settings import ImageTowerSettings, TextTowerSettings
 from clasp.models.zoo.dual_encoders import as_half, build_dual_encoder
@@ -95,8 +96,7 @@ def _find(name: str, tower: str, meta: bool) -> _Place:
         return _Place(config, {}, file)
     tags = _read_tags().get(model, {})
     if not found or rest not in tags:
-        near = difflib.get_close_matches(rest, tags, n=3, cutoff=0.4) if found else list(tags)[:3]
-        shown = f"nearest: {', '.join(near)}" if near and found else f"some: {', '.join(near) or 'none'}"
+        shown = valid_names(rest, list(tags)) if tags else "there is none"
         raise UserError(
             f"tower = {tower!r}: open_clip:{model}/TAG takes a tag of its weights on the hub ({shown}), and "
             f"open_clip:{model}@FILE a file"
