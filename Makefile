@@ -40,7 +40,7 @@ quick: setup
 # the last two have a process each, side by side
 test: setup .timm/ready
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
-	OMP_NUM_THREADS=1 $(MAKE) --jobs 2 --output-sync=target tests_timm tests_page
+	OMP_NUM_THREADS=1 $(MAKE) --jobs 2 tests_timm tests_page
 
 tests_timm: .timm/ready
 	PYTHONPATH=.timm $(BIN)/pytest tests_timm
