@@ -14,7 +14,7 @@ PIP := $(BIN)/pip --disable-pip-version-check --quiet
 # start that compiles torch anew takes four times as long
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup demo quick test faults fuzz check docs pages brief-pages wheel bench clean
+.PHONY: setup demo quick test tests_timm tests_page faults fuzz check docs pages brief-pages wheel bench clean
 setup: .venv/ready
 
 # Python compiles what it imports; compiling everything beforehand takes a minute more.
@@ -37,9 +37,15 @@ demo: setup
 quick: setup
 	$(BIN)/clasp demo --quick
 
+# the last two have a process each, side by side
 test: setup .timm/ready
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(MAKE) --jobs 2 tests_timm tests_page
+
+tests_timm: .timm/ready
 	PYTHONPATH=.timm $(BIN)/pytest tests_timm
+
+tests_page: setup
 	$(BIN)/pytest tests_page
 
 faults: setup

@@ -285,20 +285,22 @@ def correlation_interval(one: Grid, other: Grid, resamples: int = RESAMPLES) -> 
     """Spearman's correlation over all pairs of towers, and the percentile interval of a bootstrap over image towers and
     text towers; resamples in which all ranks are equal are left out."""
     generator = np.random.Generator(np.random.PCG64(0))
-    drawn = []
-    for _ in range(resamples):
-        place = np.ix_(*(generator.integers(count, size=count) for count in one.shape))
-        drawn.append(spearman(one[place].ravel(), other[place].ravel()))
-    low, high = np.nanpercentile(drawn, [2.5, 97.5])
-    return spearman(one.ravel(), other.ravel()), float(low), float(high)
+    places = [[generator.integers(count, size=count) for count in one.shape] for _ in range(resamples)]
+    images, texts = (np.stack(side) for side in zip(*places, strict=True))
+    drawn = [grid[images[:, :, None], texts[:, None, :]].reshape(resamples, -1) for grid in (one, other)]
+    low, high = np.nanpercentile(spearman(*drawn), [2.5, 97.5])
+    return float(spearman(one.ravel(), other.ravel())), float(low), float(high)
 
 
-def spearman(x: Float[np.ndarray, " n"], y: Float[np.ndarray, " n"]) -> float:
-    """The correlation of the ranks, equal values having their mean rank; NaN where all are equal."""
-    ranks = np.stack([(values[:, None] > values).sum(1) + (values[:, None] >= values).sum(1) for values in (x, y)])
-    if (ranks == ranks[:, :1]).all(axis=1).any():
-        return float("nan")
-    return float(np.corrcoef(ranks)[0, 1])
+def spearman(x: Float[np.ndarray, "*rows n"], y: Float[np.ndarray, "*rows n"]) -> Float[np.ndarray, "*rows"]:
+    """The correlation of the ranks in each row, equal values having their mean rank; NaN where all are equal."""
+    ranked = (
+        (values[..., :, None] > values[..., None, :]).sum(-1) + (values[..., :, None] >= values[..., None, :]).sum(-1)
+        for values in (x, y)
+    )
+    one, other = (ranks - ranks.mean(-1, keepdims=True) for ranks in ranked)
+    with np.errstate(invalid="ignore"):
+        return (one * other).sum(-1) / np.sqrt((one**2).sum(-1) * (other**2).sum(-1))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 Goes in: every function and dataclass of the package, as the hook finds them. Comes out: each of them checked. Note:
 jaxtyping binds the arguments of each call and checks them twice, so that sizes agree among them; where there is no size
-to agree on, beartype alone is the same check in a small part of the time.
+to agree on, beartype alone is the same check in a small part of the time. A check is made when its function is called
+first, since most never are; what a class has of a protocol is looked up once (as Python 3.12 does).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import dataclasses
 import functools
 import inspect
 import sys
+import typing
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, get_args, get_type_hints
@@ -27,6 +29,25 @@ def install() -> None:
     """Put ``checked`` where the hook looks for its decorator."""
     assert "clasp" not in sys.modules, "what is imported already is decorated already"
     jaxtyping.jaxtyped = checked
+    if sys.version_info < (3, 12):
+        _remember_protocols()
+
+
+def _remember_protocols() -> None:
+    protocols: Any = getattr(typing, "_ProtocolMeta")  # noqa: B009
+    is_instance, known = protocols.__instancecheck__, set[tuple[type, type]]()
+
+    def asked(protocol: type, instance: Any) -> bool:
+        pair = protocol, type(instance)
+        if pair in known:
+            return True
+        if not is_instance(protocol, instance):
+            return False
+        if all(hasattr(pair[1], name) for name in getattr(typing, "_get_protocol_attrs")(protocol)):  # noqa: B009
+            known.add(pair)
+        return True
+
+    protocols.__instancecheck__ = asked
 
 
 def checked(*, typechecker: Decorator) -> Decorator:
@@ -46,23 +67,32 @@ def checked(*, typechecker: Decorator) -> Decorator:
 
 
 def _checked_function(function: Any, typechecker: Decorator) -> Any:
-    written = function.__annotations__
-    hints = {name: _resolved(hint, function.__globals__) for name, hint in written.items()}
-    ordinary = not (inspect.isgeneratorfunction(function) or inspect.iscoroutinefunction(function))
-    if not ordinary or any(map(_has_sizes, hints.values())):
-        return _jaxtyped(function, typechecker=typechecker)
-    function.__annotations__ = hints
-    made = _typed(function)
-    function.__annotations__ = written
-    if made is function:
+    if not function.__annotations__:
         return function
+    if inspect.isgeneratorfunction(function) or inspect.iscoroutinefunction(function):
+        return _jaxtyped(function, typechecker=typechecker)
+    check: Any = None
 
     @functools.wraps(function)
     def called(*args: Any, **kwargs: Any) -> Any:
         __tracebackhide__ = True
-        return function(*args, **kwargs) if jaxtyping.config.jaxtyping_disable else made(*args, **kwargs)
+        nonlocal check
+        if check is None:
+            check = _check_of(function, typechecker)
+        return function(*args, **kwargs) if jaxtyping.config.jaxtyping_disable else check(*args, **kwargs)
 
     return called
+
+
+def _check_of(function: Any, typechecker: Decorator) -> Any:
+    written = function.__annotations__
+    hints = {name: _resolved(hint, function.__globals__) for name, hint in written.items()}
+    if any(map(_has_sizes, hints.values())):
+        return _jaxtyped(function, typechecker=typechecker)
+    function.__annotations__ = hints
+    made = _typed(function)
+    function.__annotations__ = written
+    return made
 
 
 def _resolved(hint: Any, names: dict[str, Any]) -> Any:

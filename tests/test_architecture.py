@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,6 @@ from docblocks import DOCS, PAGES, ROOT
 
 PACKAGE = ROOT / "src" / "clasp"
 FILES = sorted(PACKAGE.rglob("*.py"))
-TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
 MAX_ROOMS, MAX_LINES, MAX_PARAMETERS = 12, 60, 7
 # third-party packages, and where in src/clasp they may be imported (a folder, or a file without its suffix)
 FENCES = {
@@ -42,6 +42,12 @@ FENCES = {
 }
 
 
+@cache
+def trees() -> dict[Path, ast.Module]:
+    """The syntax tree of every file; parsed by the process that asks."""
+    return {path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
+
+
 def place(path: Path) -> str:
     """A file of the package as the rules name it."""
     return path.relative_to(PACKAGE).as_posix().removesuffix(".py")
@@ -63,18 +69,23 @@ def test_fences_and_style_hold():
     assert done.returncode == 0, done.stdout
 
 
-def imported_packages(tree: ast.AST) -> Iterator[str]:
-    """Top-level names of all that a module imports, inside functions too."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            yield from (alias.name.partition(".")[0] for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            yield node.module.partition(".")[0]
+@cache
+def importers() -> dict[str, set[str]]:
+    """The files that import each top-level name, inside functions too."""
+    found = defaultdict(set)
+    for path, tree in trees().items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import):
+                for alias in node.names:
+                    found[alias.name.partition(".")[0]].add(place(path))
+            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                found[node.module.partition(".")[0]].add(place(path))
+    return found
 
 
 @pytest.mark.parametrize("package", FENCES)
 def test_third_party_packages_stay_behind_their_fence(package: str):
-    users = {place(path) for path, tree in TREES.items() if package in imported_packages(tree)}
+    users = importers()[package]
     outside = sorted(user for user in users if not user.startswith(FENCES[package]))
     assert not outside, f"{package} belongs to {', '.join(FENCES[package])} only"
     assert users, f"nothing imports {package}: drop its fence"
@@ -88,13 +99,19 @@ def test_importing_does_nothing_heavy():
 # --- files, names, functions -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT / "src")))
-def test_every_file_opens_with_its_purpose(path: Path):
-    tree = TREES[path]
-    assert ast.get_docstring(tree), "a file opens with a paragraph: what it is, what goes in, what comes out"
-    assert path.stem not in ("utils", "common", "helpers", "misc", "core")
-    internal = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module == "clasp"]
-    assert not internal, "nothing inside the package imports from its own __init__"
+def test_every_file_opens_with_its_purpose():
+    """With a paragraph: what it is, what goes in, what comes out."""
+    assert not [place(path) for path, tree in trees().items() if not ast.get_docstring(tree)]
+    assert not [place(path) for path in FILES if path.stem in ("utils", "common", "helpers", "misc", "core")]
+
+
+def test_nothing_inside_the_package_imports_from_its_own_init():
+    nodes = {place(path): ast.walk(tree) for path, tree in trees().items()}
+    assert not [
+        path
+        for path, each in nodes.items()
+        if any(isinstance(node, ast.ImportFrom) and node.module == "clasp" for node in each)
+    ]
 
 
 def test_the_package_has_few_rooms():
@@ -124,7 +141,7 @@ def defined_names(tree: ast.Module) -> Iterator[str]:
 
 def test_no_public_name_is_defined_twice():
     homes = defaultdict(set)
-    for path, tree in TREES.items():
+    for path, tree in trees().items():
         for name in defined_names(tree):
             homes[name].add(place(path))
     twice = {name: sorted(where) for name, where in homes.items() if not name.startswith("_") and len(where) > 1}
@@ -132,7 +149,7 @@ def test_no_public_name_is_defined_twice():
 
 
 def functions() -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:
-    for path, tree in TREES.items():
+    for path, tree in trees().items():
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 yield f"{place(path)}.py:{node.lineno} {node.name}", node

@@ -17,6 +17,7 @@ from clasp.commands.search import index_images
 from clasp.config.build import build_model_and_preprocessing
 from clasp.config.recipe import read_recipe
 from clasp.data.cache_folder import cache_folder
+from clasp.models.inference import EmbeddingModel
 from clasp.training.run_folder import RunFolder
 
 _REPORT = """
@@ -80,7 +81,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     saved.save(parts.model)
     (folder / "images").mkdir()
     Image.new("RGB", (32, 32), "teal").save(folder / "images" / "teal.png")
-    index_images(saved.path, str(folder / "images"))
+    model = EmbeddingModel(parts.model.eval(), parts.transform, parts.tokenizer)  # as loading it again would give
+    index_images(saved.path, str(folder / "images"), model=model)
     return saved.path
 
 

@@ -103,7 +103,7 @@ WAYS = {
 
 @pytest.mark.parametrize("way", WAYS)
 def test_loads_bitwise_and_repeats_itself(way: str, towers: Path, pairs: Path, tmp_path: Path, models: list) -> None:
-    made = recipe(towers, pairs, *WAYS[way], "train.select=last")
+    made = recipe(towers, pairs, "train.epochs=2", "train.select=last").with_overrides(WAYS[way])
     done = run(made, tmp_path / "one")
     assert {path.name for path in (tmp_path / "one").iterdir()} == DESIGNED
     assert done.delta_bytes == (tmp_path / "one" / "delta.safetensors").stat().st_size

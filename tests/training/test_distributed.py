@@ -179,6 +179,7 @@ def lose(processes: Processes) -> None:
 
 def vanish_before_all_are_connected(folder: str) -> None:
     """The second joins the first group, and ends before the group of long waits."""
+    Path(folder, "started").touch()
     dist.init_process_group("gloo", f"file://{folder}/meet", rank=1, world_size=2)
     Path(folder, "joined").touch()
     os._exit(9)
@@ -284,9 +285,12 @@ def test_a_process_that_dies_ends_the_others(tmp_path: Path) -> None:
 def test_a_process_that_dies_while_they_connect_ends_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("clasp.training.distributed.STEP_TIMEOUT", timedelta(seconds=10))
+    monkeypatch.setattr("clasp.training.distributed.STEP_TIMEOUT", timedelta(seconds=3))
     other = fork_context().Process(target=vanish_before_all_are_connected, args=(str(tmp_path),))
     other.start()
+    while not (tmp_path / "started").exists():  # which is no part of the three seconds
+        assert other.is_alive()
+        time.sleep(0.01)
     try:
         with pytest.raises(LostProcessError, match="process 0 of 2 cannot connect with the others: one has ended"):
             connect(0, 2, gpus=False, meeting=f"file://{tmp_path}/meet")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import cache
 
 import pytest
 import torch
@@ -24,8 +25,12 @@ METHODS = (
 )
 
 
+@cache
 def tuned(name: str, method: str) -> Tower:
-    """A tower with a part in it that is no longer at its start: there, half of its gradients would be zeros."""
+    """A tower with a part in it that is no longer at its start: there, half of its gradients would be zeros.
+
+    One for all that leave its parameters as they are.
+    """
     tower = Tower(base(name))
     try:
         names = tower.tune([method], seed=0)
