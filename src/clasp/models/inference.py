@@ -25,10 +25,13 @@ from clasp.data.images import IMAGE_FORMS, ImageError, ImageTransform, is_image_
 from clasp.data.loader import inference_batch_size, iter_text_batches
 from clasp.data.read_ahead import DECODE_THREADS, available_cores, read_ahead
 from clasp.data.tokenizer import Tokenizer
+from clasp.models.dual_encoder import DualEncoder
 from clasp.models.packed_weights import packed_weights
 from clasp.models.precision import computing_in
 from clasp.plain_types import Precision
 from clasp.types import Encoder, Pixels, ProgressCallback, UserError, no_progress
+
+_FEWEST_TOKENS = 2  # of a text: its first and its last, or one and the prefix
 
 
 class EncoderPrecision(NamedTuple):
@@ -105,7 +108,7 @@ class EmbeddingModel:
             side = self.transform.size
             return self.encode_pixels(torch.zeros(1, 3, side, side))[:0]
         rows, done = [], 0
-        batch_size = inference_batch_size(self.transform.size, self.device)
+        batch_size = self._image_batch_size
         reading = read_ahead(list(enumerate(images)), self._pixels, batch=batch_size, ahead=self._ahead)
         with packed_weights(at_once=len(images) > batch_size), closing(reading) as batches:
             for batch in batches:
@@ -117,7 +120,7 @@ class EmbeddingModel:
         self, pixels: Float[Tensor, "n 3 height width"] | Float[np.ndarray, "n 3 height width"]
     ) -> Float[Tensor, "n E"]:
         """Outputs of ``transform`` to L2-normalised embeddings; the batch size is chosen by device."""
-        pixels, batch_size = torch.as_tensor(pixels), inference_batch_size(self.transform.size, self.device)
+        pixels, batch_size = torch.as_tensor(pixels), self._image_batch_size
         several = packed_weights(at_once=len(pixels) > batch_size)
         with torch.inference_mode(), several, computing_in(self.precision.image, self.device):
             parts = (to_device(Pixels(part), self.device) for part in pixels.split(batch_size))
@@ -148,7 +151,8 @@ class EmbeddingModel:
         rows = {text: row for row, text in enumerate(dict.fromkeys(texts))}
         parts: list[Tensor] = []
         places: list[int] = []
-        with torch.inference_mode(), packed_weights(), computing_in(self.precision.text, self.device):
+        several = packed_weights(at_once=_FEWEST_TOKENS * len(rows) > tokens_per_batch)
+        with torch.inference_mode(), several, computing_in(self.precision.text, self.device):
             for indices, part in iter_text_batches(list(rows), self.tokenizer, tokens_per_batch):
                 parts.append(self.encoder.embed_text(to_device(part, self.device)).cpu())
                 places += indices
@@ -164,6 +168,13 @@ class EmbeddingModel:
         if images.shape[1] != texts.shape[1]:
             raise UserError(f"similarity: images are {images.shape[1]} wide and texts {texts.shape[1]}")
         return images @ texts.T
+
+    @property
+    def _image_batch_size(self) -> int:
+        """Images in one pass, or in the passes of several threads."""
+        encoder, lower = self.encoder, self.precision.image == "bfloat16"
+        parts = encoder.image.row_parts if lower and isinstance(encoder, DualEncoder) else 1
+        return inference_batch_size(self.transform.size, self.device, parts=parts)
 
     @property
     def _ahead(self) -> int:

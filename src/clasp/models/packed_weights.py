@@ -78,6 +78,12 @@ def packed_weights(*, at_once: bool = False) -> Iterator[None]:
             _packed.reset(token)
 
 
+def announce_passes() -> None:
+    """Have layers packed from now on at their first use, inside of the context: several passes will follow."""
+    if (packed := _packed.get()) is not None:
+        packed.at_once = True
+
+
 def packed_products(
     x: Float[Tensor, "*batch D"], layers: Sequence[nn.Module], factor: Float[Tensor, " _"] | None = None
 ) -> list[Tensor] | None:
