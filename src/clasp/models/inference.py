@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import closing
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple, Protocol, get_args, runtime_checkable
 
 import numpy as np
 import torch
@@ -25,7 +25,6 @@ from clasp.data.images import IMAGE_FORMS, ImageError, ImageTransform, is_image_
 from clasp.data.loader import inference_batch_size, iter_text_batches
 from clasp.data.read_ahead import DECODE_THREADS, available_cores, read_ahead
 from clasp.data.tokenizer import Tokenizer
-from clasp.models.dual_encoder import DualEncoder
 from clasp.models.packed_weights import packed_weights
 from clasp.models.precision import computing_in
 from clasp.plain_types import Precision
@@ -39,6 +38,14 @@ class EncoderPrecision(NamedTuple):
 
     image: Precision = "float32"
     text: Precision = "float32"
+
+
+@runtime_checkable
+class DividesImages(Protocol):
+    """An encoder that encodes several parts of a batch of images side by side, in bfloat16."""
+
+    @property
+    def image_parts(self) -> int: ...
 
 
 class EmbeddingModel:
@@ -173,7 +180,7 @@ class EmbeddingModel:
     def _image_batch_size(self) -> int:
         """Images in one pass, or in the passes of several threads."""
         encoder, lower = self.encoder, self.precision.image == "bfloat16"
-        parts = encoder.image.row_parts if lower and isinstance(encoder, DualEncoder) else 1
+        parts = encoder.image_parts if lower and isinstance(encoder, DividesImages) else 1
         return inference_batch_size(self.transform.size, self.device, parts=parts)
 
     @property
