@@ -244,14 +244,14 @@ def log_skipped(skipped: Iterable[SkippedSample]) -> None:
         _log.warning("skipped %s: %s", escape_name(name), reason)
 
 
-def inference_batch_size(size: int, device: torch.device | str, *, parts: int = 1) -> int:
-    """Batch size for inference with images of ``size`` by ``size`` pixels, in ``parts`` side by side.
+def inference_batch_size(size: int, device: torch.device | str) -> int:
+    """Batch size for inference with images of ``size`` by ``size`` pixels.
 
     On a CPU it is small, so that the activations of one layer fit in the processor's cache and in memory blocks that
     are reused (``clasp.commands.environment``; measured with EfficientNet-Lite0 at 192 pixels: batches of 8 take three
     quarters of the time of batches of 32).
     """
-    return parts * max(1, 300_000 // size**2) if torch.device(device).type == "cpu" else 128
+    return max(1, 300_000 // size**2) if torch.device(device).type == "cpu" else 128
 
 
 def iter_image_batches(

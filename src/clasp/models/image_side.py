@@ -141,4 +141,4 @@ class ImageSide:
     def _batch_size(self) -> int:
         precision = self._settings.tower_precision(self._tower)
         parts = self._tower.row_parts if precision == "bfloat16" else 1
-        return inference_batch_size(self.transform.size, self._device, parts=parts)
+        return parts * inference_batch_size(self.transform.size, self._device)

@@ -181,7 +181,7 @@ class EmbeddingModel:
         """Images in one pass, or in the passes of several threads."""
         encoder, lower = self.encoder, self.precision.image == "bfloat16"
         parts = encoder.image_parts if lower and isinstance(encoder, DividesImages) else 1
-        return inference_batch_size(self.transform.size, self.device, parts=parts)
+        return parts * inference_batch_size(self.transform.size, self.device)
 
     @property
     def _ahead(self) -> int:
