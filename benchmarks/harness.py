@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch._C._profiler import _ExperimentalConfig
 
 from benchmarks.peers import repair_torchvision
 from clasp.models.precision import detect_precision
@@ -207,7 +208,9 @@ def share_of_machine(
 
 def profiled(run: Run, count: int = 4) -> str:
     """The operations with the largest share of the time, by the profiler."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+    every = _ExperimentalConfig(profile_all_threads=True)  # rows of a batch may be encoded in several
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, experimental_config=every) as profile:
         run()
     events = sorted(profile.key_averages(), key=lambda event: -event.self_cpu_time_total)
     total = sum(event.self_cpu_time_total for event in events)

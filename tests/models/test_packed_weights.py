@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from threading import Thread
+from typing import Any
 
 import pytest
 import torch
@@ -91,6 +92,58 @@ def test_a_factor_is_in_the_product_unless_something_watches(bias: bool) -> None
         assert seen
 
 
+def tuned(method: str = "lora", **options: Any) -> nn.ModuleList:
+    """Three layers, the first and the last with an update that is not zero."""
+    net = nn.ModuleList(layers())
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        inject_peft(net, method, ["0", "2"], {"rank": 4, **options})
+        for name, parameter in net.named_parameters():
+            if "lora_" in name:
+                parameter.data = 0.2 * torch.randn(parameter.shape)
+    return net.eval()
+
+
+@pytest.mark.parametrize("method", ["lora", "rslora"])
+def test_low_rank_updates_are_in_the_product_of_their_layers(method: str) -> None:
+    net, factor = tuned(method), _Factor(torch.linspace(-2, 2, 32))
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        called, scaled = [layer(X) for layer in net], factor(net[0](X))
+        with packed_weights():
+            alone = scaled_product(net[0], X, factor, factor.values)
+        with packed_weights(at_once=True):
+            found, again = project_together(X, list(net)), project_together(X, list(net))
+            product_of_both = scaled_product(net[0], X, factor, factor.values)
+    with torch.inference_mode():
+        exact = [layer(X) for layer in net]
+    for one, same, other, whole in zip(found, again, called, exact, strict=True):
+        assert torch.equal(one, same), "a first batch has the bits of later ones"
+        assert one.dtype == other.dtype == torch.bfloat16
+        assert (one - whole).norm() <= 1.1 * (other - whole).norm(), "rounded no more often"
+    assert torch.equal(alone, scaled), "for a single pass it would not pay"
+    assert product_of_both.dtype == torch.bfloat16
+    torch.testing.assert_close(product_of_both.float(), scaled, rtol=0.02, atol=0.03)
+
+
+CHANGES = {
+    "a hook on the layer": lambda layer: layer.register_forward_hook(lambda *_: None),
+    "a hook on its base": lambda layer: layer.base_layer.register_forward_hook(lambda *_: None),
+    "a hook on A": lambda layer: layer.lora_A["default"].register_forward_pre_hook(lambda *_: None),
+    "dropout in training": lambda layer: layer.lora_dropout["default"].train(),
+    "no update": lambda layer: layer.enable_adapters(False),
+    "float64": lambda layer: layer.double(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_low_rank_layers_that_are_more_than_a_product_are_called(change: str) -> None:
+    net = tuned(lora_dropout=0.5)
+    with torch.inference_mode(), packed_weights(), torch.autocast("cpu", torch.bfloat16):
+        assert used_twice([net[0]]) is not None
+        CHANGES[change](net[0])
+        assert used_twice([net[0]]) is None and used_twice(list(net)) is None
+
+
 def test_changed_weights_are_seen_by_the_next_call() -> None:
     given = layers(1)
     found = []
@@ -115,7 +168,7 @@ def test_layers_that_are_more_than_a_product_are_called() -> None:
     hook.remove()
     assert used_twice(given) is not None
     tuned = nn.Sequential(nn.Linear(48, 32))
-    inject_peft(tuned, "lora", ["0"], {"rank": 4})
+    inject_peft(tuned, "dora", ["0"], {"rank": 4})
     assert used_twice([tuned[0]]) is None
     assert used_twice([type("Scaled", (nn.Linear,), {})(48, 32)]) is None
     double = layers(1)[0].double()

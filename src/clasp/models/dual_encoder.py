@@ -220,6 +220,11 @@ class DualEncoder(nn.Module):
         pooled = inputs.values if isinstance(inputs, PooledFeatures) else self.image.pooled(inputs)
         return to_unit_length(self.image_head(pooled))
 
+    @property
+    def image_parts(self) -> int:
+        """The parts of a batch of images that are encoded side by side, in inference in bfloat16."""
+        return self.image.row_parts
+
     def embed_text(self, inputs: TextInput) -> Float[Tensor, "B E"]:
         """Captions, or cached features of the text tower, to L2-normalised embeddings."""
         pooled = inputs.values if isinstance(inputs, PooledFeatures) else self.text.pooled(inputs)

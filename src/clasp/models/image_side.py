@@ -139,4 +139,6 @@ class ImageSide:
 
     @property
     def _batch_size(self) -> int:
-        return inference_batch_size(self.transform.size, self._device)
+        precision = self._settings.tower_precision(self._tower)
+        parts = self._tower.row_parts if precision == "bfloat16" else 1
+        return parts * inference_batch_size(self.transform.size, self._device)

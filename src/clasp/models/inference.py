@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import closing
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple, Protocol, get_args, runtime_checkable
 
 import numpy as np
 import torch
@@ -29,12 +29,22 @@ from clasp.models.precision import computing_in
 from clasp.plain_types import Precision
 from clasp.types import Encoder, Pixels, ProgressCallback, UserError, no_progress
 
+_FEWEST_TOKENS = 2  # of a text: its first and its last, or one and the prefix
+
 
 class EncoderPrecision(NamedTuple):
     """What each side of an encoder computes in; embeddings are float32 in either."""
 
     image: Precision = "float32"
     text: Precision = "float32"
+
+
+@runtime_checkable
+class DividesImages(Protocol):
+    """An encoder that encodes several parts of a batch of images side by side, in bfloat16."""
+
+    @property
+    def image_parts(self) -> int: ...
 
 
 class EmbeddingModel:
@@ -104,7 +114,7 @@ class EmbeddingModel:
             side = self.transform.size
             return self.encode_pixels(torch.zeros(1, 3, side, side))[:0]
         rows, done = [], 0
-        batch_size = inference_batch_size(self.transform.size, self.device)
+        batch_size = self._image_batch_size
         reading = read_ahead(list(enumerate(images)), self._pixels, batch=batch_size, ahead=self._ahead)
         with packed_weights(at_once=len(images) > batch_size), closing(reading) as batches:
             for batch in batches:
@@ -116,7 +126,7 @@ class EmbeddingModel:
         self, pixels: Float[Tensor, "n 3 height width"] | Float[np.ndarray, "n 3 height width"]
     ) -> Float[Tensor, "n E"]:
         """Outputs of ``transform`` to L2-normalised embeddings; the batch size is chosen by device."""
-        pixels, batch_size = torch.as_tensor(pixels), inference_batch_size(self.transform.size, self.device)
+        pixels, batch_size = torch.as_tensor(pixels), self._image_batch_size
         several = packed_weights(at_once=len(pixels) > batch_size)
         with torch.inference_mode(), several, computing_in(self.precision.image, self.device):
             parts = (to_device(Pixels(part), self.device) for part in pixels.split(batch_size))
@@ -148,7 +158,8 @@ class EmbeddingModel:
         rows = {text: row for row, text in enumerate(dict.fromkeys(texts))}
         parts: list[Tensor] = []
         places: list[int] = []
-        with torch.inference_mode(), packed_weights(), computing_in(self.precision.text, self.device):
+        several = packed_weights(at_once=_FEWEST_TOKENS * len(rows) > tokens_per_batch)
+        with torch.inference_mode(), several, computing_in(self.precision.text, self.device):
             for indices, part in iter_text_batches(list(rows), self.tokenizer, tokens_per_batch):
                 parts.append(self.encoder.embed_text(to_device(part, self.device)).cpu())
                 places += indices
@@ -164,6 +175,13 @@ class EmbeddingModel:
         if images.shape[1] != texts.shape[1]:
             raise UserError(f"similarity: images are {images.shape[1]} wide and texts {texts.shape[1]}")
         return images @ texts.T
+
+    @property
+    def _image_batch_size(self) -> int:
+        """Images in one pass, or in the passes of several threads."""
+        encoder, lower = self.encoder, self.precision.image == "bfloat16"
+        parts = encoder.image_parts if lower and isinstance(encoder, DividesImages) else 1
+        return parts * inference_batch_size(self.transform.size, self.device)
 
     @property
     def _ahead(self) -> int:

@@ -5,7 +5,8 @@ those of one input (queries, keys and values). Note: peft scales the update and 
 output, forward and backward, and autograd adds up the gradients of the input, two of each layer; here each update and
 each of those gradients is added in its product, and the down-projections of all layers are one. Outputs and gradients
 are peft's within bfloat16's rounding; in float32, peft's own is called. Without gradients the products are the same:
-gradient caching embeds once in each way.
+gradient caching embeds once in each way. A call that encodes adds the updates to its packed weights
+(``models.packed_weights``).
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ from torch import Tensor, nn
 from clasp.models.autocast import is_autocast
 from clasp.models.frozen_casts import is_plain_low_rank
 from clasp.models.frozen_products import biased_product, frozen_products
-from clasp.models.packed_weights import packed_products
+from clasp.models.packed_weights import FoldableForward, Product, is_plain_linear, packed_products
 
 
-class LowRankForward:
+class LowRankForward(FoldableForward):
     """``x W + b + (s x A) B`` as two products in addition to that of the base layer (Hu et al., ICLR 2022, equation 3).
 
     An object rather than a closure, so that a deep copy of a tower runs the copied layers.
@@ -46,6 +47,21 @@ class LowRankForward:
         """Whether the update of this input is added in a product: under autocast."""
         layer = self.wrapper
         return is_autocast(x.device) and not (layer.disable_adapters or layer.merged)
+
+    def is_foldable(self) -> bool:
+        layer, name = self.wrapper, self.adapter
+        parts = (layer.base_layer, layer.lora_A[name], layer.lora_B[name])
+        dropout = layer.lora_dropout[name]
+        passes = isinstance(dropout, nn.Identity) or not dropout.training
+        return passes and not (layer.disable_adapters or layer.merged) and all(map(is_plain_linear, parts))
+
+    def fold(self) -> Product:
+        """The update added to the weight before it is rounded (Hu et al., section 4.1)."""
+        layer, name = self.wrapper, self.adapter
+        base = layer.base_layer
+        down, up = (part[name].weight.float() for part in (layer.lora_A, layer.lora_B))
+        with torch.autocast("cpu", enabled=False):
+            return Product(torch.addmm(base.weight.float(), up, down, alpha=layer.scaling[name]), base.bias)
 
     @property
     def base_is_frozen(self) -> bool:

@@ -63,11 +63,13 @@ from clasp.models.probe import (
     relative_difference,
     text_probe,
 )
+from clasp.models.row_threads import in_row_threads, pays_to_divide, row_threads
 from clasp.models.running_statistics import batch_norms, trains_norm, updated_statistics
 from clasp.models.structure import find_structure, find_unused_modules
 from clasp.models.transformer.bert import BertEncoder
 from clasp.models.transformer.dinov2 import Dinov2Encoder
 from clasp.models.transformer.packing import pack_rows
+from clasp.models.tuning.bottleneck import hooks_of, is_adapter_hook
 from clasp.models.tuning.depth import truncate_blocks
 from clasp.models.tuning.spec import TuningSpec, apply_tuning, parse_tuning_spec
 from clasp.models.weight_hashes import hash_tensors, hash_values
@@ -338,6 +340,9 @@ class Tower(nn.Module):
         Captions are split into micro-batches of similar length, to reduce padding, or packed without any.
         """
         if isinstance(inputs, Pixels):
+            encodes = torch.is_inference_mode_enabled() and torch.is_autocast_enabled("cpu")
+            if encodes and pays_to_divide(inputs.values, self.row_parts):
+                return in_row_threads(lambda part: self._pooled(Pixels(part)), inputs.values)
             return self._pooled(inputs)
         packed = self._packing_net(inputs) is not None
         parts, back = ([replace(inputs, rows=None)], None) if packed else split_by_length(inputs)
@@ -405,6 +410,16 @@ class Tower(nn.Module):
         """Whether inference in bfloat16 attends in plain products, whatever the attention kernel: a packaged image net
         on a CPU does."""
         return isinstance(self.net, Dinov2Encoder) and self._device.type == "cpu"
+
+    @property
+    def row_parts(self) -> int:
+        """The number of parts of a batch of images that inference in bfloat16 encodes side by side, each in one thread:
+        more than one for a packaged net on a CPU, which keeps nothing of a pass, with nothing but adapters hooked to
+        it."""
+        dropping = self.net.training or (self.patch_dropout is not None and self.patch_dropout.training)
+        if not self.attends_in_products or self._extra_layers or dropping:
+            return 1
+        return row_threads() if all(map(is_adapter_hook, hooks_of(self.net))) else 1
 
     @property
     def can_leave_out_patches(self) -> bool:

@@ -101,6 +101,17 @@ class _AdaptBranchOutput:
         return self.adapter(output)
 
 
+def is_adapter_hook(hook: Any) -> bool:
+    """Whether a hook is an adapter, which keeps nothing of a pass."""
+    return isinstance(hook, _AdaptBranchInput | _AdaptBranchOutput)
+
+
+def hooks_of(net: nn.Module) -> list[Any]:
+    """The forward hooks of a net and of all its modules."""
+    hooked = (each for module in net.modules() for each in (module._forward_pre_hooks, module._forward_hooks))
+    return [hook for hooks in hooked for hook in hooks.values()]
+
+
 def _is_channels_first(module: nn.Module, structure: ModelStructure, place: str) -> bool:
     """Whether the module's input (or output) is ``[B D height width]``: its first (or last) layer is a convolution."""
     layers = [m for m in module.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
