@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from clasp.training import loop, step
 from clasp.training import optimizer as optim
 from clasp.training.interrupt import GracefulStop
-from clasp.training.loop import FitResult, TrainPosition, TrainSettings, TrainState, count_evaluations, fit
-from clasp.training.settings import LrFactors
+from clasp.training.loop import FitOptions, count_evaluations, fit
+from clasp.training.settings import LrFactors, TrainSettings
+from clasp.training.state import FitResult, TrainPosition, TrainState
 from clasp.types import Batch, Embeddings, LossParts, Pixels, PooledFeatures, SkippedSample, Tokens, UserError
 from toytrackers import callbacks
 
@@ -143,7 +144,7 @@ def run(
 ) -> tuple[Toy, FitResult, Lines]:
     model, lines = Toy(), Lines()
     whole = {name: options.pop(name) for name in ("kinds", "resume_state") if name in options}
-    fitted = fit(model, stream or Stream(), contrast, settings, callbacks(lines, **options), **whole)
+    fitted = fit(model, stream or Stream(), contrast, settings, callbacks(lines, **options), FitOptions(**whole))
     return model, fitted, lines
 
 
