@@ -2,7 +2,7 @@
 
 Input: the packaged archives: 1,391 emoji concepts in three drawing styles with names and keywords in 42 languages.
 Output: a folder of images and one ``.jsonl`` per split, as a user would write them. Note: train, val and test are split
-by concept, so that near-duplicates stay together. Sources and licences: ``data/LICENSES.md``.
+by concept, so that near-duplicates stay together. Sources and licences: ``data/samples/files/LICENSES.md``.
 """
 
 from __future__ import annotations
