@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clasp.training import loop, step
 from clasp.training import optimizer as optim
+from clasp.training import step
 from clasp.training.interrupt import GracefulStop
 from clasp.training.loop import FitOptions, count_evaluations, fit
 from clasp.training.settings import LrFactors, TrainSettings
