@@ -74,7 +74,7 @@ def test_a_merge_is_as_one_index_and_encodes_nothing(tmp_path: Path):
 
 
 def test_parts_of_another_model_and_another_source_are_refused(tmp_path: Path):
-    write_images(toys(6), tmp_path / "pictures")
+    write_images(toys(24), tmp_path / "pictures")
     encode_parts(tmp_path, list_images(tmp_path / "pictures"), 2, "e" * 64)
     with pytest.raises(UserError, match="part 1/2 was encoded with another model"):
         PartVectors(tmp_path, 2, "f" * 64)
