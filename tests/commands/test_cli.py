@@ -541,7 +541,7 @@ def mistakes(world: World, here: Path) -> dict[str, tuple[list, list[str]]]:
         "search without index": (["search", world.run, "words"], ["no index yet", "clasp index"]),
         "search for nothing": (["search", world.run], ["say what to look for"]),
         "search in no run": (["search", "runs/none", "words"], ["no run at runs/none"]),
-        "search that is blank": (["search", world.run, " "], ["the words ' '", "none"]),
+        "search that is blank": (["search", world.run, " "], ["the words ' '", "blank"]),
         "image weight alone": (
             ["search", world.run, "words", "--image-weight", "2"],
             ["--image-weight is 2 for no image"],

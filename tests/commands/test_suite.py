@@ -219,7 +219,7 @@ def test_a_suite_of_ones_own_is_a_toml_file(data: Path, model: Path, tmp_path: P
     for text, message in (
         ("x = 1", r"has no \[\[set\]\] tables"),
         ('[[set]]\nname = "a"\nmetrics = "b"', "unknown key 'metrics'; there are name, task, metric, source"),
-        ('[[set]]\nname = "a"\ntask = "knn"', "task = 'knn' is none of zeroshot"),
+        ('[[set]]\nname = "a"\ntask = "knn"', "task = 'knn' is not one of zeroshot"),
         ('[[set]]\nname = "a"\n[[set]]\nname = "a"', "names the set 'a' twice"),
         ('[[set]]\nname = "a"\nsettings = "label=\'x"', "settings = .label='x.: no closing quotation"),
         ('[[set]]\nname = "a"\ntask = "probe"\nsplit = "val"', "split = 'val' is of "),

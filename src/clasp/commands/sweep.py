@@ -252,7 +252,7 @@ def _conflict(
     if folder.exists() and not folder.is_dir():
         return f"{folder} is a file"
     if (folder / "recipe.toml").exists():
-        return f"{folder} holds a run, and no sweep"
+        return f"{folder} holds a run, not a sweep"
     if any(row.sweep_key != sweep for row in read_sweep_rows(folder).values()):
         return f"{folder} holds another sweep"
     for one in made:
