@@ -231,7 +231,7 @@ def _read_set(table: Any, where: str) -> SuiteSet:
         raise UserError(f"{where}: {empty[0]} is empty; leave it out, or give a value")
     task = table.get("task", "zeroshot")
     if task not in TASK_METRICS:
-        raise UserError(f"{where}: task = {task!r} is none of {', '.join(TASK_METRICS)}")
+        raise UserError(f"{where}: task = {task!r} is not one of {', '.join(TASK_METRICS)}")
     metrics = TASK_METRICS[task]
     if table.get("metric", metrics[0]) not in metrics:
         raise UserError(f"{where}: {task} has no metric {table['metric']!r}; it has {', '.join(metrics)}")
