@@ -714,7 +714,7 @@ def test_similarity_takes_embeddings_only():
     [
         ({"text": 5}, "words as one string, not 5"),
         ({"text": ["red"]}, "words as one string"),
-        ({"text": "\u200b"}, "which are none"),
+        ({"text": "\u200b"}, "which are blank"),
         ({"text": "\ud83d"}, "lone surrogate"),
         ({"image": ARRAY}, "an array"),
     ],
