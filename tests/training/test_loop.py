@@ -569,7 +569,7 @@ def test_what_can_only_be_our_mistake() -> None:
         run(stream=Short())
     with pytest.raises(AssertionError, match="which metric decides"):
         run(evaluate=lambda: {"score": 1.0})
-    with pytest.raises(AssertionError, match=r"'best' is none of the metrics \['score'\]"):
+    with pytest.raises(AssertionError, match=r"'best' is not one of the metrics \['score'\]"):
         run(evaluate=lambda: {"score": 1.0}, primary="best")
     with pytest.raises(AssertionError, match="plan_training"):
         run(TrainSettings())

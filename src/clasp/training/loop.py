@@ -323,7 +323,7 @@ class BestCheckpoint:
 
     def is_improvement(self, metrics: Mapping[str, float]) -> bool:
         """Whether the primary metric is the highest so far; NaN is lower than any number."""
-        assert self.primary in metrics, f"primary={self.primary!r} is none of the metrics {sorted(metrics)}"
+        assert self.primary in metrics, f"primary={self.primary!r} is not one of the metrics {sorted(metrics)}"
         if self.best is None:
             return True
         new, old = metrics[self.primary], self.best.metrics[self.primary]

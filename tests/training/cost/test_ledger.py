@@ -590,7 +590,7 @@ def test_a_run_from_before_there_were_books_goes_on(towers: Path, pairs: Path, t
 
 
 def test_books_that_are_missing_or_damaged(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"run has no cost.json: it is no run, or was trained before"):
+    with pytest.raises(UserError, match=r"run has no cost.json: it is not a run, or was trained before"):
         read_cost(tmp_path / "run")
     for text in ("{", '{"format": 1}', "[]", '{"parameters": {}, "work": {"odd": 1}, "once": {}}'):
         (tmp_path / "cost.json").write_text(text)
