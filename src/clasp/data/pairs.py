@@ -167,7 +167,7 @@ def _open_shards(
 def _format_of(path: Path) -> str:
     name = _FOLDER if path.is_dir() else path.with_name(path.name.removesuffix(".gz")).suffix.lower()
     if name not in PAIR_FORMATS:
-        raise UserError(f"{path} is of no kind clasp can open: {describe_pair_formats()}")
+        raise UserError(f"{path} is not of a kind that clasp can open: {describe_pair_formats()}")
     return name
 
 

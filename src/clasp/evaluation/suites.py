@@ -241,5 +241,5 @@ def _read_set(table: Any, where: str) -> SuiteSet:
         raise UserError(f"{where}: settings = {table['settings']!r}: {str(error).lower()}") from None
     for key, tasks in (("templates", PROMPTED_TASKS), ("split", sorted(set(TASK_METRICS) - set(_PROBE_OF.values())))):
         if table.get(key) and task not in tasks:
-            raise UserError(f"{where}: {key} = {table[key]!r} is of {', '.join(tasks)}, and task is {task}")
+            raise UserError(f"{where}: {key} = {table[key]!r} is for {', '.join(tasks)}, and task is {task}")
     return SuiteSet(**{"metric": metrics[0], **table})
