@@ -891,5 +891,5 @@ def test_an_index_in_parts_exported_and_imported(clasp: Command, world: World, t
     assert "6 entries in out" in clasp("store", "export", run, "-o", "out").err
     assert "6 entries added; 0 left out" in clasp("store", "import", other, "out").err
     assert "in the store flat already" in clasp("store", "copy", run, "--to", "flat").mistake
-    assert "no engine of a store; there are flat, edge" in clasp("store", "copy", run, "--to", "lancedb").mistake
+    assert "not an engine of a store; there are flat, edge" in clasp("store", "copy", run, "--to", "lancedb").mistake
     assert "nowhere is not a folder" in clasp("watch", run, "nowhere").mistake

@@ -184,7 +184,10 @@ def test_every_key_is_accounted_for(words: str, tmp_path: Path) -> None:
         (lambda found: {"model": {"layer.weight": torch.zeros(2)}}, "no key begins with visual_encoder."),
         (lambda found: {"model": {}}, "it has none"),
         (lambda found: {"model": [1]}, "its model is a list"),
-        (lambda found: _put(found, "text_proj.bias", torch.ones(64, dtype=torch.int32)), "no tensor of real numbers"),
+        (
+            lambda found: _put(found, "text_proj.bias", torch.ones(64, dtype=torch.int32)),
+            "not a tensor of real numbers",
+        ),
         (lambda found: {"model": {"visual_encoder.x": 3}}, "is not a tensor"),
         (lambda found: _less(found, "visual_encoder.patch_embed.proj.weight"), "sizes are read from visual_encoder"),
         (lambda found: _less(found, "text_encoder.encoder.layer.0.intermediate.dense.weight"), "which is missing"),

@@ -222,8 +222,8 @@ def test_a_suite_of_ones_own_is_a_toml_file(data: Path, model: Path, tmp_path: P
         ('[[set]]\nname = "a"\ntask = "knn"', "task = 'knn' is not one of zeroshot"),
         ('[[set]]\nname = "a"\n[[set]]\nname = "a"', "names the set 'a' twice"),
         ('[[set]]\nname = "a"\nsettings = "label=\'x"', "settings = .label='x.: no closing quotation"),
-        ('[[set]]\nname = "a"\ntask = "probe"\nsplit = "val"', "split = 'val' is of "),
-        ('[[set]]\nname = "a"\ntask = "probe"\ntemplates = "clip-7"', "templates = 'clip-7' is of "),
+        ('[[set]]\nname = "a"\ntask = "probe"\nsplit = "val"', "split = 'val' is for "),
+        ('[[set]]\nname = "a"\ntask = "probe"\ntemplates = "clip-7"', "templates = 'clip-7' is for "),
         ('[[set]]\nname = "a"\nmetric = "recall"', "zeroshot has no metric 'recall'; it has top1"),
         ("x = " + "[" * 100_000, "is not a TOML file"),
     ):

@@ -18,7 +18,7 @@ ROWS = [(t, m) for t in NETS for m in METHODS] + [(t, m) for t in ("vit", "llama
 
 
 @pytest.mark.parametrize(
-    ("pool", "says"), [("avg", "none of cls, mean"), ("cls", "no class token"), ("cls+mean", "no class")]
+    ("pool", "says"), [("avg", "not one of cls, mean"), ("cls", "no class token"), ("cls+mean", "no class")]
 )
 def test_a_pooling_that_cannot_be(pool: str, says: str):
     with pytest.raises(UserError, match=says):
