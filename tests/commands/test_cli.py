@@ -517,7 +517,7 @@ def mistakes(world: World, here: Path) -> dict[str, tuple[list, list[str]]]:
         ),
         "classes unlike labels": (
             ["eval", world.run, "zeroshot", f"data={classes}", "classes=classes.txt"],
-            ["none of the 2"],
+            ["not one of the 2"],
         ),
         "no class list": (["eval", world.run, "zeroshot", f"data={classes}", "classes=none.txt"], ["none.txt"]),
         "no place in template": (

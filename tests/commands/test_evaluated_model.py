@@ -283,7 +283,7 @@ def test_robustness_has_a_row_for_each_corruption(world: World, tmp_path: Path):
     mean = {name: (rows[1].metrics[name] + rows[2].metrics[name]) / 2 for name in rows[1].metrics}
     assert rows[3].metrics == pytest.approx(mean) and rows[1].n == 2 * len(TOYS)
     for wrong, words in {
-        "corruptions=contrst": "'contrst' is none; .* did you mean contrast",
+        "corruptions=contrst": "'contrst' is not one; .* did you mean contrast",
         "corruptions=fog": "there are gaussian_noise, shot_noise, .* contrast, pixelate, jpeg_compression$",
         "severities=0,1": "severities=0,1 must be numbers from 1 to 5",
         "corruptions=contrast,contrast": "names one twice",

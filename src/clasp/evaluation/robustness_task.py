@@ -54,7 +54,7 @@ def _names(given: str) -> list[str]:
     names = list(CORRUPTIONS) if given == "all" else given.split(",")
     for name in names:
         if name not in CORRUPTIONS:
-            raise UserError(f"corruptions={given}: {name!r} is none; {valid_names(name, list(CORRUPTIONS))}")
+            raise UserError(f"corruptions={given}: {name!r} is not one; {valid_names(name, list(CORRUPTIONS))}")
     if len(set(names)) < len(names):
         raise UserError(f"corruptions={given} names one twice")
     return names
