@@ -328,7 +328,7 @@ def test_each_language_has_the_classes_with_a_name_there(data: Path, model: Path
         with pytest.raises(UserError, match=message):
             evaluate_run(model, "multilingual_zeroshot", options, out=tmp_path / "out")
     file.write_text(json.dumps({**given, "FR": [[0, 1], ["a", "b"]]}))
-    with pytest.raises(UserError, match="has no list of templates for FR"):
+    with pytest.raises(UserError, match="has no list of templates for 'FR'"):
         evaluate_run(model, "multilingual_zeroshot", options, out=tmp_path / "out")
 
 
