@@ -18,7 +18,7 @@ END = "<!-- end of floors -->"
 
 ROOMS = {
     "cli": "arguments and help texts; each verb is a few lines",
-    "commands": "one file per verb: train, sweep, demo, doctor, evaluate, analyze, search, serve, export, report",
+    "commands": "what the verbs do: train, sweep, demo, doctor, evaluate, analyze, search, serve, export, report",
     "convert": "importers/: LilT and MS-CLIP checkpoints; exporters/: ONNX, transformers, sentence-transformers, hub",
     "serve": "HTTP API and search page over an index",
     "report": "HTML report, model card, sweep leaderboard, figures, tables, contact sheet, terminal output",

@@ -20,6 +20,7 @@ from clasp.data.pairs import FileSource
 from clasp.search.background import Background, BackgroundCaption, BackgroundFacts
 from clasp.search.engine import SearchEngine, UpdatableStore
 from clasp.search.flat_store import FlatStore
+from clasp.search.indexer import Indexer
 from clasp.serve.app import AppSettings, CommandAccess, build_app
 from clasp.serve.editor import IndexEditor
 from clasp.serve.guard import AccessPolicy
@@ -52,7 +53,7 @@ class ToyIndex:
             caption = HOSTILE_CAPTION if number == 10 else toy.caption
             self.pairs.append(Pair(name, FileSource(str(path)), (Caption(caption, "en"),), name, about))
         store = FlatStore(folder / "index")
-        SearchEngine(self.model, store).index(self.pairs)
+        Indexer(SearchEngine(self.model, store)).index(self.pairs)
         store.close()
 
     def open(self) -> OpenedIndex:

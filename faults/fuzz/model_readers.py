@@ -32,6 +32,7 @@ from clasp.report.run_record import read_results, read_run_record
 from clasp.search.background import read_background
 from clasp.search.engine import SearchEngine
 from clasp.search.flat_store import FlatStore
+from clasp.search.indexer import Indexer
 from clasp.search.metadata_filter import parse_filter
 from clasp.search.query import parse_words
 from clasp.serve.editor import IndexEditor
@@ -181,8 +182,7 @@ def _stores(folder: Path) -> _Read:
         path = pictures / f"{toy.key}.png"
         path.write_bytes(toy.png)
         pairs.append(Pair(toy.key, FileSource(str(path)), (Caption(toy.caption, "en"),), toy.key, {"year": 2001}))
-    engine = SearchEngine(encoder, store)
-    engine.index(pairs)
+    Indexer(SearchEngine(encoder, store)).index(pairs)
     store.close()
     (whole / "store.json").write_text(json.dumps({"store": "flat"}))
     files = sorted(path for path in whole.rglob("*") if path.is_file() and path.name != "lock")
@@ -199,7 +199,7 @@ def _stores(folder: Path) -> _Read:
         try:
             list(opened.scan())
             opened.search(query, 3, parse_filter("year>2000"))
-            SearchEngine(encoder, opened).index(pairs[:2])
+            Indexer(SearchEngine(encoder, opened)).index(pairs[:2])
         finally:
             opened.close()
         read_background(copied / "background.safetensors", "")

@@ -517,7 +517,7 @@ def mistakes(world: World, here: Path) -> dict[str, tuple[list, list[str]]]:
         ),
         "classes unlike labels": (
             ["eval", world.run, "zeroshot", f"data={classes}", "classes=classes.txt"],
-            ["none of the 2"],
+            ["not one of the 2"],
         ),
         "no class list": (["eval", world.run, "zeroshot", f"data={classes}", "classes=none.txt"], ["none.txt"]),
         "no place in template": (
@@ -541,7 +541,7 @@ def mistakes(world: World, here: Path) -> dict[str, tuple[list, list[str]]]:
         "search without index": (["search", world.run, "words"], ["no index yet", "clasp index"]),
         "search for nothing": (["search", world.run], ["say what to look for"]),
         "search in no run": (["search", "runs/none", "words"], ["no run at runs/none"]),
-        "search that is blank": (["search", world.run, " "], ["the words ' '", "none"]),
+        "search that is blank": (["search", world.run, " "], ["the words ' '", "blank"]),
         "image weight alone": (
             ["search", world.run, "words", "--image-weight", "2"],
             ["--image-weight is 2 for no image"],
@@ -891,5 +891,5 @@ def test_an_index_in_parts_exported_and_imported(clasp: Command, world: World, t
     assert "6 entries in out" in clasp("store", "export", run, "-o", "out").err
     assert "6 entries added; 0 left out" in clasp("store", "import", other, "out").err
     assert "in the store flat already" in clasp("store", "copy", run, "--to", "flat").mistake
-    assert "no engine of a store; there are flat, edge" in clasp("store", "copy", run, "--to", "lancedb").mistake
+    assert "not an engine of a store; there are flat, edge" in clasp("store", "copy", run, "--to", "lancedb").mistake
     assert "nowhere is not a folder" in clasp("watch", run, "nowhere").mistake

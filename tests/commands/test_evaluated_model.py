@@ -148,19 +148,19 @@ def test_a_folder_is_recognised_by_its_files(world: World, tmp_path: Path):
     assert len(prints) == 1
     assert find_model(clip).run is None and find_model(clip).name == str(clip)
     (tmp_path / "st" / "modules.json").write_text(json.dumps([{**module, "path": "elsewhere"}]))
-    with pytest.raises(UserError, match="is a SentenceTransformer of CLIPModel, and no CLIP with both encoders"):
+    with pytest.raises(UserError, match="is a SentenceTransformer of CLIPModel, not a CLIP with both encoders"):
         find_model(tmp_path / "st")
     (tmp_path / "open").mkdir()
-    with pytest.raises(UserError, match=r"open is no model to evaluate: it has none of recipe\.toml, image\.npy, open"):
+    with pytest.raises(UserError, match=r"open is not a model to evaluate: it has none of recipe\.toml, image\.npy"):
         find_model(tmp_path / "open")
 
 
 def test_results_go_where_the_user_says_and_to_no_other_folder(world: World, tmp_path: Path):
     model, options = f"clip:{world.saved('clip')}", [f"data={world.pairs}"]
     says = lambda words, **out: pytest.raises(UserError, match=words)  # noqa: E731
-    with says("is no run folder: name a folder for its results with --out"):
+    with says("is not a run folder: name a folder for its results with --out"):
         evaluate_run(model, "retrieval", options)
-    with says("holds something else than results; name a new folder"):
+    with says("holds something other than results; name a new folder"):
         evaluate_run(model, "retrieval", options, out=world.folder)
     place = tmp_path / "deep" / "results"
     for _ in range(2):
@@ -283,7 +283,7 @@ def test_robustness_has_a_row_for_each_corruption(world: World, tmp_path: Path):
     mean = {name: (rows[1].metrics[name] + rows[2].metrics[name]) / 2 for name in rows[1].metrics}
     assert rows[3].metrics == pytest.approx(mean) and rows[1].n == 2 * len(TOYS)
     for wrong, words in {
-        "corruptions=contrst": "'contrst' is none; .* did you mean contrast",
+        "corruptions=contrst": "'contrst' is not one; .* did you mean contrast",
         "corruptions=fog": "there are gaussian_noise, shot_noise, .* contrast, pixelate, jpeg_compression$",
         "severities=0,1": "severities=0,1 must be numbers from 1 to 5",
         "corruptions=contrast,contrast": "names one twice",

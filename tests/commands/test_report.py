@@ -221,7 +221,7 @@ def test_mistakes_of_maps_are_found_before_compute(folder: Path, monkeypatch: py
         ([data, "ids=" + ",".join(map(str, range(51)))], "has 51 values; from 1 to 50 are wanted"),
         ([data, "words=red,,green"], "words=red,,green has 3 values; from 1 to 20 are wanted, .* none empty"),
         ([data, "words="], "words= is empty"),
-        ([data, "words=red\ngreen"], "is no list separated by commas"),
+        ([data, "words=red\ngreen"], "is not a list separated by commas"),
         ([data, "language=sw"], "no caption of .* is in sw"),
     ):
         with pytest.raises(UserError, match=message):

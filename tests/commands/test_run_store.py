@@ -99,7 +99,7 @@ def test_a_new_index_in_the_store_that_was_asked_for(tmp_path: Path, edge: objec
     with writable_store(tmp_path, "flat", 3, print) as store:  # the other is empty
         assert isinstance(store, FlatStore)
     for wrong in ("lancedb", "ftp://host/photos", "http://host", "a/b:c"):
-        named = rf"^'{wrong}' is no engine of a store; there are flat, edge|^{wrong}: a Qdrant collection is given as"
+        named = rf"^'{wrong}' is not an engine of a store; there are flat|^{wrong}: a Qdrant collection is given as"
         with pytest.raises(UserError, match=named), writable_store(tmp_path, wrong, 3, print):
             pass
         with pytest.raises(UserError, match=named):

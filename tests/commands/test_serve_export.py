@@ -187,9 +187,9 @@ def serve(folder: Path, **settings: Any) -> None:
 
 
 def test_what_is_refused_before_anything_is_loaded(world: World, tmp_path: Path):
-    with pytest.raises(UserError, match="--engine tensorrt is no engine of a model; there are torch, onnx, onnx-int8"):
+    with pytest.raises(UserError, match="--engine tensorrt is not an engine of a model; there are torch, onnx"):
         serve(world.run, engine="tensorrt")
-    with pytest.raises(UserError, match=r"run is no ONNX export; type: clasp export RUN --to onnx -o OUT"):
+    with pytest.raises(UserError, match=r"run is not an ONNX export; type: clasp export RUN --to onnx -o OUT"):
         serve(world.run, engine="onnx")
     with pytest.raises(UserError, match="--engine torch is for run folders"):
         serve(world.export, engine="torch")

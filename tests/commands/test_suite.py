@@ -219,11 +219,11 @@ def test_a_suite_of_ones_own_is_a_toml_file(data: Path, model: Path, tmp_path: P
     for text, message in (
         ("x = 1", r"has no \[\[set\]\] tables"),
         ('[[set]]\nname = "a"\nmetrics = "b"', "unknown key 'metrics'; there are name, task, metric, source"),
-        ('[[set]]\nname = "a"\ntask = "knn"', "task = 'knn' is none of zeroshot"),
+        ('[[set]]\nname = "a"\ntask = "knn"', "task = 'knn' is not one of zeroshot"),
         ('[[set]]\nname = "a"\n[[set]]\nname = "a"', "names the set 'a' twice"),
         ('[[set]]\nname = "a"\nsettings = "label=\'x"', "settings = .label='x.: no closing quotation"),
-        ('[[set]]\nname = "a"\ntask = "probe"\nsplit = "val"', "split = 'val' is of "),
-        ('[[set]]\nname = "a"\ntask = "probe"\ntemplates = "clip-7"', "templates = 'clip-7' is of "),
+        ('[[set]]\nname = "a"\ntask = "probe"\nsplit = "val"', "split = 'val' is for "),
+        ('[[set]]\nname = "a"\ntask = "probe"\ntemplates = "clip-7"', "templates = 'clip-7' is for "),
         ('[[set]]\nname = "a"\nmetric = "recall"', "zeroshot has no metric 'recall'; it has top1"),
         ("x = " + "[" * 100_000, "is not a TOML file"),
     ):
@@ -328,7 +328,7 @@ def test_each_language_has_the_classes_with_a_name_there(data: Path, model: Path
         with pytest.raises(UserError, match=message):
             evaluate_run(model, "multilingual_zeroshot", options, out=tmp_path / "out")
     file.write_text(json.dumps({**given, "FR": [[0, 1], ["a", "b"]]}))
-    with pytest.raises(UserError, match="has no list of templates for FR"):
+    with pytest.raises(UserError, match="has no list of templates for 'FR'"):
         evaluate_run(model, "multilingual_zeroshot", options, out=tmp_path / "out")
 
 

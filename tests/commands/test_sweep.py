@@ -308,7 +308,7 @@ def test_no_other_runs_are_taken_for_its_own(change: str, toml: str, tmp_path: P
     elif change == "a caption":
         pairs = tmp_path / "pairs" / "pairs.csv"
         pairs.write_text(pairs.read_text().replace(",a ", ",the "))
-    wanted = "holds another sweep|that have changed since|holds a run, and no sweep"
+    wanted = "holds another sweep|that have changed since|holds a run, not a sweep"
     with pytest.raises(UserError, match=f"({wanted}).*; choose another name"):
         swept(toml, tmp_path / "runs", *given, grid=grid, name=name)
     if change == "a run":

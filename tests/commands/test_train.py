@@ -477,7 +477,7 @@ def test_no_run_is_written_over(towers: Path, pairs: Path, tmp_path: Path) -> No
         run(recipe(towers, pairs), tmp_path / "file")
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "README.md").write_text("mine")
-    with pytest.raises(UserError, match=r"something else than a run \(README.md\)"):
+    with pytest.raises(UserError, match=r"something other than a run \(README.md\)"):
         run(recipe(towers, pairs), tmp_path / "home")
     assert [path.name for path in (tmp_path / "home").iterdir()] == ["README.md"]
 

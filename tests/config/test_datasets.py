@@ -56,7 +56,7 @@ def test_no_source_names_the_recipe_that_needs_none():
 TOO_FEW = {
     "two, of which one is held out": (2, [], "of the 2 pairs of {}, 1 is held out to validate on (data.val_fraction"),
     "one": (1, [], "its only pair is one group, so none can be split off for validation; name pairs to validate on"),
-    "one, and others to validate on": (1, ["data.val={}"], "there is no other in data.train = {}; give more pairs"),
+    "one, and others to validate on": (1, ["data.val={}"], "data.train = {} has no other; give more pairs"),
 }
 
 

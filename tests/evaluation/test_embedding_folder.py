@@ -46,7 +46,7 @@ def test_rows_are_found_by_name_and_made_unit_length(tmp_path: Path):
     assert texts.ids == ("t1", "t2")
     torch.testing.assert_close(texts.vectors, torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
     assert [list(ids) for ids, _ in inputs.read(["one"])] == [["one"]]
-    with pytest.raises(UserError, match="mine holds embeddings, and no tower that images could run through"):
+    with pytest.raises(UserError, match="mine holds embeddings, and has no tower to run images through"):
         encoder.encode_image(torch.zeros(1, 3, 2, 2))
 
 

@@ -178,7 +178,7 @@ def test_towers_that_cannot_lose_patches(name: str):
         ("poolformer", "does not run its blocks"),
         ("pvt_v2", "computes on feature maps"),
         ("vitdet", "computes on feature maps"),
-        ("yolos", "tokens that are no patches beside the first 1"),
+        ("yolos", "tokens that are not patches beside the first 1"),
     ],
 )
 def test_families_found_out_by_what_they_compute(family: str, why: str, tmp_path: Path):

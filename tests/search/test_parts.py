@@ -11,6 +11,7 @@ import pytest
 from clasp.data.pairs import FolderImages, Pairs, list_images, open_pairs
 from clasp.search.engine import SearchEngine
 from clasp.search.flat_store import FlatStore
+from clasp.search.indexer import Indexer
 from clasp.search.parts import (
     DonePart,
     IndexPart,
@@ -34,7 +35,7 @@ def encode_parts(run: Path, items: FolderImages | Pairs, count: int, fingerprint
         if not some:
             continue
         store = FlatStore(part.folder(run) / "store")
-        encoded += SearchEngine(model(fingerprint), store).index(some).encoded
+        encoded += Indexer(SearchEngine(model(fingerprint), store)).index(some).encoded
         store.close()
     return encoded
 
@@ -57,22 +58,23 @@ def test_a_merge_is_as_one_index_and_encodes_nothing(tmp_path: Path):
     write_images(toys(30), tmp_path / "pictures")
     items = list_images(tmp_path / "pictures")
     whole = SearchEngine(model(), FlatStore(tmp_path / "whole"))
-    whole.index(items)
+    Indexer(whole).index(items)
     assert encode_parts(tmp_path, items, 4) >= whole.store.count()  # equal bytes in two parts are encoded twice
     changed = Path(items[0][1].name)
     os.utime(changed, ns=(1, changed.stat().st_mtime_ns + 10**9))  # read again, and found to be the same
     merged = SearchEngine(model(), FlatStore(tmp_path / "merged"))
-    done = merged.index(list_images(tmp_path / "pictures"), computed=PartVectors(tmp_path, 4, model().fingerprint))
+    computed = PartVectors(tmp_path, 4, model().fingerprint)
+    done = Indexer(merged).index(list_images(tmp_path / "pictures"), computed=computed)
     assert (done.added, done.encoded) == (30, 0)
     assert isinstance(merged.model.encoder, Colours) and merged.model.encoder.seen == 0
     ids = [name for name, _ in whole.store.scan()]
     assert sorted(name for name, _ in merged.store.scan()) == sorted(ids)
     assert np.allclose(merged.store.vectors(ids), whole.store.vectors(ids), atol=1e-6)
-    assert merged.index(list_images(tmp_path / "pictures")).added == 0
+    assert Indexer(merged).index(list_images(tmp_path / "pictures")).added == 0
 
 
 def test_parts_of_another_model_and_another_source_are_refused(tmp_path: Path):
-    write_images(toys(6), tmp_path / "pictures")
+    write_images(toys(24), tmp_path / "pictures")
     encode_parts(tmp_path, list_images(tmp_path / "pictures"), 2, "e" * 64)
     with pytest.raises(UserError, match="part 1/2 was encoded with another model"):
         PartVectors(tmp_path, 2, "f" * 64)

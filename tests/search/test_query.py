@@ -51,7 +51,7 @@ def test_words_as_typed(typed: str):
 
 @pytest.mark.parametrize("typed", ["", " \t", '""', '-""', "\u200b"], ids=repr)
 def test_words_that_are_none(typed: str):
-    with pytest.raises(UserError, match="which are none"):
+    with pytest.raises(UserError, match="which are blank"):
         parse_words(typed)
 
 

@@ -247,7 +247,7 @@ HOSTILE_FILES = {
 }
 HOSTILE_QUERIES: dict[str, tuple[dict[str, Any], int, str]] = {
     "nothing": ({}, 400, "given neither"),
-    "blank": ({"q": " "}, 400, "which are none"),
+    "blank": ({"q": " "}, 400, "which are blank"),
     "too long": ({"q": "x" * 201}, 400, "at most 200"),
     "cancels": ({"q": "red -red"}, 400, "cancels itself out"),
     "weight huge": ({"q": "red^" + "9" * 40}, 400, "a weight of a search is 1e+40"),
@@ -266,7 +266,7 @@ HOSTILE_QUERIES: dict[str, tuple[dict[str, Any], int, str]] = {
     "unknown parameter of two lines": ({"q": "red", "a\nb": "name"}, 422, r"'a\nb': "),
     "unknown parameter of many letters": ({"q": "red", "a" * 1000: "name"}, 422, f"'{'a' * 76}...: "),
     "too many parts": ({"q": "red", "plus": ["red"] * 9}, 400, "at most 8"),
-    "control characters": ({"q": "\x00\x01\x02"}, 400, "which are none"),
+    "control characters": ({"q": "\x00\x01\x02"}, 400, "which are blank"),
     "markup": ({"q": "<script>alert(1)</script>", "like": "<b>"}, 400, "no image is indexed"),
 }
 

@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clasp.training.distributed import STEP_TIMEOUT, WAIT_TIMEOUT, LostProcessError, Processes, connect, open_processes
-from clasp.training.loop import TrainSettings, fit
+from clasp.training.loop import FitOptions, fit
 from clasp.training.loss_settings import LossSettings
 from clasp.training.losses import build_loss
+from clasp.training.settings import TrainSettings
 from clasp.training.step import Stepper
 from clasp.types import Batch, Embeddings, PooledFeatures, UserError
 from toyprocesses import fork_context, start
@@ -106,9 +107,8 @@ def trained(processes: Processes) -> dict[str, Tensor]:
         [],
         evaluate=lambda: processes.first(lambda: {"score": model.log_scale.item()}),
         primary="score",
-        processes=processes,
     )
-    fit(model, Parts(processes), build_loss(LossSettings()), SETTINGS, evaluate)
+    fit(model, Parts(processes), build_loss(LossSettings()), SETTINGS, evaluate, FitOptions(processes=processes))
     return {name: p.detach() for name, p in model.named_parameters()}
 
 
@@ -166,7 +166,7 @@ def diverge(processes: Processes) -> None:
             return self.log_scale * torch.nan, self.bias * 1
 
     settings = SETTINGS.model_copy(update={"select": "last"})
-    fit(Wrong(), Parts(processes), build_loss(LossSettings()), settings, callbacks([], processes=processes))
+    fit(Wrong(), Parts(processes), build_loss(LossSettings()), settings, callbacks([]), FitOptions(processes=processes))
 
 
 def lose(processes: Processes) -> None:

@@ -182,7 +182,7 @@ def test_one_pre_trained_trunk_for_both(pairs: Path, tmp_path: Path) -> None:
     assert all(model.parameter_kinds[name] == "new" for name in saved if name.startswith("text."))
     assert done.delta_bytes < 4 * counts["model"].trained + 10_000
     assert "shared" in (tmp_path / "run" / "README.md").read_text()
-    refused("own:image is none", lambda: build_model(recipe(pairs, "share.trunk=image"), meta=True))
+    refused("own:image is not", lambda: build_model(recipe(pairs, "share.trunk=image"), meta=True))
 
 
 # --- words -----------------------------------------------------------------------------------------------------------

@@ -22,9 +22,11 @@ from clasp.models.head_settings import HeadSettings
 from clasp.models.tower import Tower
 from clasp.training import grad_cache, memory, micro_batches
 from clasp.training.grad_cache import MicroBatchEmbedder
-from clasp.training.loop import TrainSettings, TrainState, fit
+from clasp.training.loop import FitOptions, fit
 from clasp.training.losses import LOSSES
 from clasp.training.memory import ActivationMemory
+from clasp.training.settings import TrainSettings
+from clasp.training.state import TrainState
 from clasp.training.step import seed_generators, step_seed
 from clasp.types import Batch, Embeddings, HiddenStates, Loss, LossParts, Pixels, PooledFeatures, Tokens, UserError
 from toytowers import base
@@ -232,7 +234,7 @@ def run(**options: Any) -> tuple[dict[str, Tensor], list[TrainState], list[dict[
 
     start = options.pop("start", None)
     settings = TrainSettings(batch_size=11, epochs=1, precision="float32", save_every_minutes=1e-9, **options)
-    fit(model, Stream(), LOSSES["sigmoid"], settings, callbacks(lines, save=save), resume_state=start)
+    fit(model, Stream(), LOSSES["sigmoid"], settings, callbacks(lines, save=save), FitOptions(resume_state=start))
     return {name: parameter.detach() for name, parameter in model.named_parameters()}, states, lines
 
 

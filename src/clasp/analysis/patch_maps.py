@@ -57,7 +57,7 @@ class PatchMaps:
 def compute_patch_maps(model: EmbeddingModel, image: bytes, texts: Sequence[str]) -> PatchMaps:
     """The maps of an encoded image for these texts, in float32.
 
-    Raises ``ImageError``, and ``UserError`` for a tower whose output is no grid of patches.
+    Raises ``ImageError``, and ``UserError`` for a tower whose output is not a grid of patches.
     """
     encoder, transform = model.encoder, model.transform
     assert isinstance(encoder, DualEncoder)
@@ -86,7 +86,7 @@ class PatchVectors(NamedTuple):
 
 def patch_vectors(tower: Tower, image: Pixels) -> PatchVectors:
     """Pool every patch of one image as if all tokens were like it; lower feature maps of a CNN are averaged over the
-    cells of the last one. Raises ``UserError`` for a tower whose output is no grid of patches."""
+    cells of the last one. Raises ``UserError`` for a tower whose output is not a grid of patches."""
     structure = find_structure(tower.net)
     prefix, recorder = structure.prefix_tokens, _AttentionRecorder()
     with recorder:
@@ -120,8 +120,9 @@ def _grid_side(name: str, count: int, prefix: int) -> int:
     side = math.isqrt(max(0, count - prefix))
     if side * side != count - prefix or side < 2:
         raise UserError(
-            f"{name} has no patches to map: its output is {count} tokens, of which {prefix} are none, and the others "
-            "are no square grid; maps are for vision transformers and for CNNs with a feature map before the pooling"
+            f"{name} has no patches to map: its output is {count} tokens, of which {prefix} are not patches, and the "
+            "others do not form a square grid; maps are for vision transformers and for CNNs with a feature map before "
+            "the pooling"
         )
     return side
 
@@ -131,7 +132,7 @@ def _on_grid(tokens: Float[Tensor, "n D"], side: int) -> Float[Tensor, "patches 
     lower = math.isqrt(len(tokens))
     if lower == side:
         return tokens
-    assert lower * lower == len(tokens), f"{len(tokens)} tokens of a lower layer are no square"
+    assert lower * lower == len(tokens), f"{len(tokens)} tokens of a lower layer do not form a square"
     maps = tokens.T.unflatten(1, (lower, lower))
     return F.adaptive_avg_pool2d(maps, side).flatten(1).T
 

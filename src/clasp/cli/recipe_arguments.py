@@ -1,4 +1,4 @@
-"""The recipe of a verb as typed, checked step by step: what needs no import of torch is told before it.
+"""The recipe of a verb as typed, checked step by step: what can be refused without torch is refused before it.
 
 Input: the name of a recipe, overrides, the name of a run. Output: the recipe, or a ``UserError``: of the files in half
 a second, of keys and values in one.

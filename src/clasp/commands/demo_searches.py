@@ -32,6 +32,8 @@ from clasp.report.console import progress_bar
 from clasp.report.contact_sheet import SheetRow, SheetSection
 from clasp.search.engine import SearchEngine
 from clasp.search.flat_store import FlatStore
+from clasp.search.indexer import Indexer
+from clasp.search.query import SearchQuery, WeightedText
 from clasp.types import Hit
 
 DRAWING_LANGUAGES = ("en", "cs", "zh", "pt", "de", "uk", "fr", "nl")
@@ -114,10 +116,10 @@ def _search(
     try:
         engine = SearchEngine.for_indexing(model, store)
         with progress_bar("indexing images") as progress:
-            engine.index(pairs, progress)
+            Indexer(engine).index(pairs, progress)
         searches = []
         for names, language, target in asked:
-            hits = engine.search(text=names[language], k=count)
+            hits = engine.search(SearchQuery((WeightedText(names[language]),)), count)
             correct = [target in (hit.meta.get("group"), hit.id) for hit in hits]
             searches.append(DemoSearch(names[language], names["en"], language, hits, correct))
         return searches

@@ -115,9 +115,9 @@ def require_single_queries(task: str, entry: TaskEntry, what: str) -> None:
 
 
 def require_task_applies(task: str, entry: TaskEntry, model: ModelSource) -> None:
-    """Raises ``UserError`` for a task on the towers of a run, and a model that is none."""
+    """Raises ``UserError`` for a task on the towers of a run, and a model that is not a run."""
     if entry.needs_run and model.run is None:
-        raise UserError(f"{task} evaluates the towers of a run folder, and {model.name} is none")
+        raise UserError(f"{task} evaluates the towers of a run folder, and {model.name} is not one")
 
 
 def pair_opener(model: ModelSource, entry: TaskEntry, options: Mapping[str, str]) -> Callable[[str], Pairs]:

@@ -64,7 +64,7 @@ def evaluate_suite(
     if templates is not None and not any(each.task in PROMPTED_TASKS for each in sets):
         raise UserError(f"templates={templates}: no set of {suite} has a task with templates")
     if not folder.is_dir():
-        raise UserError(f"--data {folder} is no folder; it has a folder for each set: {sets[0].name}, …")
+        raise UserError(f"--data {folder} is not a folder; it should have a folder for each set: {sets[0].name}, …")
     there = [each for each in sets if each.path(folder).exists()]
     missing = [each for each in sets if each not in there]
     if not there:

@@ -57,7 +57,7 @@ def find_model(model: str | Path) -> ModelSource:
         if (folder / file).is_file():
             return find(name, folder)
     if folder.is_dir() and not (folder / "base.json").exists():
-        raise UserError(f"{folder} is no model to evaluate: it has none of {', '.join(FOLDER_KINDS)}")
+        raise UserError(f"{folder} is not a model to evaluate: it has none of {', '.join(FOLDER_KINDS)}")
     return _find_run(name, folder)
 
 
@@ -104,7 +104,7 @@ def _find_sentence_transformer(name: str, folder: Path) -> ModelSource:
     except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise UserError(f"{folder / 'modules.json'} is damaged: {type(error).__name__}: {error}") from None
     if not (inside / "config.json").is_file():
-        raise UserError(f"{folder} is a SentenceTransformer of {kind}, and no CLIP with both encoders")
+        raise UserError(f"{folder} is a SentenceTransformer of {kind}, not a CLIP with both encoders")
     return _find_pretrained(name, f"clip:{inside}")
 
 

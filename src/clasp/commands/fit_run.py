@@ -20,7 +20,7 @@ from clasp.training.class_pairs import ClassPairFeatures, class_pair_features
 from clasp.training.cost import COST_FILE
 from clasp.training.cost.frozen import count_frozen_flops
 from clasp.training.initialize import initialize_heads, initialize_low_rank, standardize_of_pairs
-from clasp.training.loop import FitCallbacks, fit
+from clasp.training.loop import FitCallbacks, FitOptions, fit
 from clasp.training.losses import build_loss
 from clasp.training.state import FitResult, TrainState
 from clasp.types import Loss, SkippedSample, UserError
@@ -85,9 +85,13 @@ def fit_run(context: RunContext, sides: BatchReader, batches: PairLoader, evalua
         evaluate=ledger.timed_as("evaluation", evaluations),
         primary=evaluations.task.primary,
         save=ledger.timed_as("saving", save) if processes.is_first else None,
-        ledger=ledger,
+    )
+    options = FitOptions(
+        kinds=model.parameter_kinds,
+        resume_state=context.state,
         processes=processes,
         precision=context.inputs.precision_choice,
+        ledger=ledger,
     )
     with closing(batches), ledger.stage("training"):
         if context.state is None:
@@ -102,8 +106,7 @@ def fit_run(context: RunContext, sides: BatchReader, batches: PairLoader, evalua
             loss,
             recipe.train,
             callbacks,
-            kinds=model.parameter_kinds,
-            resume_state=context.state,
+            options,
         )
 
 

@@ -16,8 +16,9 @@ from pathlib import Path
 from clasp.commands.search import index_images
 from clasp.commands.search_model import find_search_model, open_images
 from clasp.plain_types import MessageCallback, ProgressFactory, SearchModel, UserError
-from clasp.search.engine import IndexReport, SearchEngine
+from clasp.search.engine import SearchEngine
 from clasp.search.flat_store import FlatStore
+from clasp.search.indexer import Indexer, IndexReport
 from clasp.search.manifest import lock_store
 from clasp.search.parts import (
     PARTS_FOLDER,
@@ -49,7 +50,7 @@ def index_part(
         try:
             with bar(f"part {part} of {source}") as progress:
                 engine = SearchEngine.for_indexing(model, stored)
-                done = engine.index(items, progress)
+                done = Indexer(engine).index(items, progress)
             model, images = engine.model, stored.count()
         finally:
             stored.close()

@@ -78,7 +78,7 @@ def _listed(given: Mapping[str, str], name: str, limit: int) -> list[str]:
     try:
         row = next(csv.reader([given[name]], skipinitialspace=True))
     except csv.Error as error:
-        raise UserError(f"maps: {name}={given[name]!r} is no list separated by commas: {error}") from None
+        raise UserError(f"maps: {name}={given[name]!r} is not a list separated by commas: {error}") from None
     values = list(dict.fromkeys(value.strip() for value in row))
     if not all(values) or not 1 <= len(values) <= limit:
         raise UserError(

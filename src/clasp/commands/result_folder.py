@@ -30,7 +30,7 @@ class ResultFolder:
     def __init__(self, model: ModelSource, out: str | Path | None):
         self.model = model
         if out is None and model.run is None:
-            raise UserError(f"{model.name} is no run folder: name a folder for its results with --out")
+            raise UserError(f"{model.name} is not a run folder: name a folder for its results with --out")
         self.path = Path(out) if out is not None else model.run or Path()
         self._is_run = out is None or (model.run is not None and model.run.resolve() == self.path.resolve())
         if not self._is_run:
@@ -43,7 +43,7 @@ class ResultFolder:
             return
         found = self._read()
         if found is None:
-            raise UserError(f"--out {self.path} holds something else than results; name a new folder")
+            raise UserError(f"--out {self.path} holds something other than results; name a new folder")
         if found.get("model") != self.model.name:
             raise UserError(
                 f"--out {self.path} holds the results of {found.get('model')}, and this is {self.model.name}; name "

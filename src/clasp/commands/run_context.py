@@ -40,9 +40,12 @@ HeadInitializer = Callable[[DualEncoder], None]
 
 @dataclass(frozen=True, slots=True)
 class Preloaded:
-    """What a run is given: the pairs of its recipe and its model, which is trained in place, where they are in memory
-    already; what sets its heads where their closed form was computed before; where the features of its towers are
-    cached, which were tuned and train no step here; the processes that train together."""
+    """What a run need not make itself.
+
+    ``pairs``: those of its recipe, where they are open. ``parts``: its model, where it is in memory; it is trained in
+    place. ``heads``: what sets the heads, where their closed form was computed before. ``tuned``: the folder of the
+    cached features of towers that were tuned before and take no step here. ``processes`` train together.
+    """
 
     pairs: TrainValPairs | None = None
     parts: ModelAndPreprocessing | None = None

@@ -21,7 +21,8 @@ from clasp.plain_types import Hit, MessageCallback, ProgressFactory, SearchModel
 from clasp.report.contact_sheet import SheetRow, Thumbnail, contact_sheet
 from clasp.search.answer import RankingPart, SearchAnswer, answer_query, check_part
 from clasp.search.background import Background
-from clasp.search.engine import IndexReport, SearchEngine
+from clasp.search.engine import SearchEngine
+from clasp.search.indexer import NOTHING_COMPUTED, Indexer, IndexReport
 from clasp.search.metadata_filter import MetadataFilter, check_filters, parse_filter
 from clasp.search.parts import PartVectors
 from clasp.search.query import SearchQuery, WeightedImage, parse_words
@@ -71,8 +72,8 @@ def index_images(
     with writable_store(run, store, len(items), say) as opened:
         with bar(f"images of {source}") as progress:
             engine = SearchEngine.for_indexing(model, opened)
-            computed = PartVectors(run, parts, engine.model.fingerprint) if parts else None
-            done = engine.index(items, progress, computed)
+            computed = PartVectors(run, parts, engine.model.fingerprint) if parts else NOTHING_COMPUTED
+            done = Indexer(engine).index(items, progress, computed)
         open_background(run, engine)
         return replace(done, skipped_files=items.skipped_files)
 

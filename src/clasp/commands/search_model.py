@@ -34,7 +34,7 @@ def find_search_model(folder: Path, engine: str | None = None) -> ModelLoader:
     ``UserError`` for an unknown engine, a folder that is not of it, and packages that are missing.
     """
     if engine is not None and engine not in ENGINES:
-        raise UserError(f"--engine {engine} is no engine of a model; there are {', '.join(ENGINES)}")
+        raise UserError(f"--engine {engine} is not an engine of a model; there are {', '.join(ENGINES)}")
     return ENGINES[engine or ("onnx" if is_export(folder) else "torch")](folder)
 
 
@@ -77,7 +77,7 @@ def _find_export(folder: Path, weights: WeightFormat) -> ModelLoader:
     if find_spec("onnxruntime") is None:
         raise UserError("--engine onnx needs onnxruntime; type: pip install 'clasp-vl[onnx]'")
     if not is_export(folder):
-        raise UserError(f"{folder} is no ONNX export; type: clasp export RUN --to onnx -o OUT, and name OUT")
+        raise UserError(f"{folder} is not an ONNX export; type: clasp export RUN --to onnx -o OUT, and name OUT")
     threads = os.environ.get("OMP_NUM_THREADS", "")  # which torch follows too
     model = OnnxModel(folder, weights=weights, threads=int(threads) if threads.isdecimal() else None)
     return lambda: model

@@ -32,7 +32,7 @@ from clasp.models.packed_weights import packed_weights
 from clasp.models.precision import computing_in, resolve_precision
 from clasp.plain_types import Precision
 from clasp.training.attention_kernel import use_attention_kernel
-from clasp.training.loop import BatchStream, FitCallbacks, fit
+from clasp.training.loop import BatchStream, FitCallbacks, FitOptions, fit
 from clasp.training.losses import build_loss
 from clasp.training.moments import WIDE
 from clasp.training.pooled_features import pool_inputs
@@ -101,9 +101,9 @@ def time_steps(
         settings = resolved.train.model_copy(
             update={"epochs": -(-TIMED_STEPS // len(few)), "max_steps": None, "select": "last"}
         )
-        kinds = parts.model.parameter_kinds
+        options = FitOptions(kinds=parts.model.parameter_kinds)
         callbacks = FitCallbacks(tracker=_NoTracker())
-        if fit(parts.model, few, build_loss(recipe.loss), settings, callbacks, kinds=kinds).interrupted:
+        if fit(parts.model, few, build_loss(recipe.loss), settings, callbacks, options).interrupted:
             raise KeyboardInterrupt
         features = 0.0
         if any(

@@ -35,9 +35,9 @@ from clasp.report.leaderboard import (
     read_training_seconds,
     write_sweep_rows,
 )
-from clasp.training.loop import plan_training
 from clasp.training.run_code import all_code_names, allow_code
 from clasp.training.run_folder import RunFolder
+from clasp.training.settings import plan_training
 from clasp.training.trackers.console import Reporter, SilentReporter
 from clasp.training.trackers.registry import find_trackers
 from clasp.types import MessageCallback, ProgressFactory, UserError, no_progress_bar
@@ -252,7 +252,7 @@ def _conflict(
     if folder.exists() and not folder.is_dir():
         return f"{folder} is a file"
     if (folder / "recipe.toml").exists():
-        return f"{folder} holds a run, and no sweep"
+        return f"{folder} holds a run, not a sweep"
     if any(row.sweep_key != sweep for row in read_sweep_rows(folder).values()):
         return f"{folder} holds another sweep"
     for one in made:

@@ -23,14 +23,14 @@ from clasp.training.run_folder import RunFolder
 from clasp.types import UserError
 
 _COMPARED = 1_000  # evaluated pairs, evenly chosen
-_WHY = "metrics on them are no measure of generalisation"
+_WHY = "metrics on them do not measure generalisation"
 _INDEXED_BYTES, _INDEXED_FILES = 1 << 24, 100_000  # of training pairs: fewer are indexed anew
 _PACKED = (".tar", ".parquet")  # files of many images, in a folder of shards
 
 
 def training_overlap(run: Path | None, name: str, evaluated: Mapping[str, Pairs]) -> list[str]:
     """A warning for each of the pairs to evaluate among which are training pairs of the run, with what they are called
-    before it; none for a model that is no run."""
+    before it; none for a model that is not a run."""
     if run is None:
         return []
     recipe = recipe_from_dict(RunFolder(run).recipe(), name)

@@ -40,7 +40,7 @@ class AutoSettings(BaseModel):
         """What the budget is of, and what is done whatever it is."""
         first = "features of all pairs and heads in closed form"
         if self.minutes is None:
-            return f"budget: {self} of tuning; {first} take none"
+            return f"budget: {self} of tuning; {first} take no step"
         least = f" (about {LEAST_MINUTES:g} minutes are needed on two cores)" if self.minutes < LEAST_MINUTES else ""
         first += f" are finished even where they take longer{least}"
         return f"budget: {self} in all; {first}, tuning gets what is left"

@@ -140,7 +140,7 @@ def load(
     """
     choices = (None, "auto", *get_args(Precision))
     if precision not in choices:
-        raise UserError(f"precision = {precision!r} is none of {', '.join(map(repr, choices))}")
+        raise UserError(f"precision = {precision!r} is not one of {', '.join(map(repr, choices))}")
     folder = run_folder.RunFolder(fetch_run(run))
     with run_code.allow_code(None if allow_code else ()):
         facts = folder.read()
@@ -186,7 +186,7 @@ def _open_backbones(recipe: Recipe, *, meta: bool) -> _Backbones:
     untrained = next((base.name for base in (image, text) if base.from_seed), None)
     if untrained is not None:
         raise UserError(
-            f"share.trunk = {trunk.trunk!r} runs both modalities through a pre-trained tower, and {untrained} is none; "
+            f"share.trunk = {trunk.trunk!r} runs both modalities through a pre-trained tower, and {untrained} is not; "
             "leave share.trunk out, or write another tower"
         )
     made = build_single_trunk(image, text, trunk, policy, seed=seed + 2)

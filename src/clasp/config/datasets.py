@@ -88,8 +88,8 @@ def select_training_pairs(recipe: Recipe, opened: TrainValPairs) -> Pairs:
         why = f"of the {total} of {data.train}, {held_out} held out to validate on (data.val_fraction = "
         why += f"{data.val_fraction:g}); give more pairs, or {_NAME_VAL}"
     else:
-        why = f"there is no other in data.train = {data.train}; give more pairs"
-    raise UserError(f"{TOO_FEW_PAIRS}, and there is 1: {why}")
+        why = f"data.train = {data.train} has no other; give more pairs"
+    raise UserError(f"{TOO_FEW_PAIRS}, and there is only one: {why}")
 
 
 def limit_pairs(train: Pairs, max_pairs: int | None) -> Pairs:

@@ -65,10 +65,10 @@ class OnnxModel:
     def __init__(self, folder: str | Path, *, weights: WeightFormat = "float32", threads: int | None = None) -> None:
         self.folder, self.weights, self._threads = Path(folder), weights, threads
         if not (self.folder / MANIFEST_FILE).is_file():
-            raise UserError(f"{folder} is no output of clasp export --to onnx: it has no {MANIFEST_FILE}")
+            raise UserError(f"{folder} is not an output of clasp export --to onnx: it has no {MANIFEST_FILE}")
         self.manifest = _read_manifest(self.folder / MANIFEST_FILE)
         if weights not in get_args(WeightFormat):
-            raise UserError(f"weights = {weights!r} is none of {', '.join(get_args(WeightFormat))}")
+            raise UserError(f"weights = {weights!r} is not one of {', '.join(get_args(WeightFormat))}")
         if weights not in self.manifest["image"]["graphs"]:
             raise UserError(f"{folder} has no {weights} graphs; clasp export --to onnx --int8 writes them")
         transform = self.manifest["image"]["transform"]

@@ -188,7 +188,7 @@ def load_opened(image: Any) -> None:
 def open_image(image: bytes | str | Path | Image.Image) -> Iterator[Image.Image]:
     """The image, opened but not decoded; errors in the block are raised as ``ImageError``, which names a path."""
     if not is_image_form(image):
-        raise ImageError(f"{type(image).__name__} is no image: {IMAGE_FORMS} is wanted")
+        raise ImageError(f"{type(image).__name__} is not an image: {IMAGE_FORMS} is wanted")
     if not isinstance(image, str | Path):
         with _image_errors():
             yield from _opened(image)

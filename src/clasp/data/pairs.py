@@ -167,7 +167,7 @@ def _open_shards(
 def _format_of(path: Path) -> str:
     name = _FOLDER if path.is_dir() else path.with_name(path.name.removesuffix(".gz")).suffix.lower()
     if name not in PAIR_FORMATS:
-        raise UserError(f"{path} is of no kind clasp can open: {describe_pair_formats()}")
+        raise UserError(f"{path} is not of a kind that clasp can open: {describe_pair_formats()}")
     return name
 
 
@@ -285,7 +285,7 @@ def list_images(path: str | Path) -> FolderImages:
         elif is_unread_image(name):
             others.append((f"image of a format that is not read (.{suffix})", name))
         elif suffix not in CAPTION_SUFFIXES:
-            others.append((f"file that is no image ({f'.{suffix}' if suffix else 'no suffix'})", name))
+            others.append((f"file that is not an image ({f'.{suffix}' if suffix else 'no suffix'})", name))
     skipped = folder.skipped_files + SkippedFiles.of(others)
     if not rows:
         found = f"found {count_suffixes(folder.names)}{f'; {skipped}' if skipped else ''}"

@@ -103,10 +103,10 @@ class StoredEncoder:
         return F.normalize(inputs.values, dim=1)
 
     def encode_image(self, pixels: Float[Tensor, "B 3 height width"]) -> Float[Tensor, "B E"]:
-        raise UserError(f"{self.name} holds embeddings, and no tower that images could run through")
+        raise UserError(f"{self.name} holds embeddings, and has no tower to run images through")
 
     def encode_text(self, tokens: Int[Tensor, "B N"], mask: Bool[Tensor, "B N"]) -> Float[Tensor, "B E"]:
-        raise UserError(f"{self.name} holds embeddings, and no tower that texts could run through")
+        raise UserError(f"{self.name} holds embeddings, and has no tower to run texts through")
 
 
 def _chunks(ids: Sequence[str], keys: Sequence[str], array: np.ndarray, rows: Mapping[str, int]) -> _Chunks:

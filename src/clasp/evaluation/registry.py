@@ -4,7 +4,7 @@ Input: a name and the options as typed. Output: the ``TaskEntry`` and its parsed
 line in ``EVALUATION_TASKS``: ``(TaskContext) -> EvaluationTask`` where it scores single queries, so that two models can
 be compared on them, else ``(TaskContext) -> list[EvaluationResult]``. One that is not built in is named
 ``package.module:Name``, where ``Name`` is a ``TaskEntry``. Note: nothing heavy is imported before a task runs, since
-the help of ``clasp eval`` is made of this table. Long, since each task has its builder here.
+the help of ``clasp eval`` is made of this table.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from clasp.errors import UserError
 from clasp.evaluation.options import PAIR_OPTIONS, TaskOption, describe_option, parse_options
@@ -23,7 +23,7 @@ from clasp.evaluation.options import PAIR_OPTIONS, TaskOption, describe_option, 
 if TYPE_CHECKING:
     from clasp.evaluation.results import EvaluationResult
     from clasp.evaluation.task_context import TaskContext
-    from clasp.evaluation.tasks import EvaluationTask, ZeroShotTask
+    from clasp.evaluation.tasks import EvaluationTask
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,126 +68,14 @@ class TaskEntry:
 # --- the tasks -------------------------------------------------------------------------------------------------------
 
 
-def build_zeroshot(context: TaskContext) -> ZeroShotTask:
-    """Raises ``UserError`` for pairs without a class, a class list or a template that cannot be used."""
-    from clasp.evaluation.class_labels import CAPTIONS_HINT, has_labels
-    from clasp.evaluation.equal_items import like_class_name_lines
-    from clasp.evaluation.from_pairs import zeroshot_task
-    from clasp.evaluation.zeroshot import read_class_names, read_descriptions, read_templates
+def _deferred(path: str) -> Callable[[TaskContext], Any]:
+    """The function ``module:name`` of this room, imported when it is called."""
 
-    pairs, options = context.pairs, context.options
-    label = options["label"]
-    has_labels(pairs, label, context.data)
-    found = {str(pair.meta[label]) for pair in pairs}
-    if len(found) == len(pairs) > 1:
-        context.say(f"each of the {len(pairs)} images of {context.data} has a class of its own; {CAPTIONS_HINT}")
-    classes = read_class_names(options["classes"]) if "classes" in options else sorted(found)
-    for line in like_class_name_lines(classes):
-        context.say(line)
-    task = zeroshot_task(
-        pairs,
-        context.inputs,
-        classes=classes,
-        templates=read_templates(options["templates"]),
-        data=context.data,
-        label=label,
-        descriptions=read_descriptions(options["descriptions"]) if "descriptions" in options else None,
-    )
-    context.inputs.tell_apart(task.queries.comparable_prompts)
-    return task
+    def call(context: TaskContext) -> Any:
+        module, _, name = path.partition(":")
+        return getattr(importlib.import_module(f"clasp.evaluation.{module}"), name)(context)
 
-
-def build_retrieval(context: TaskContext) -> EvaluationTask:
-    """All captions of the pairs, in both directions; within ``folds`` of them, where they are given."""
-    from clasp.evaluation.equal_items import equal_caption_lines
-    from clasp.evaluation.folded_retrieval import folded_retrieval_task
-    from clasp.evaluation.from_pairs import retrieval_task
-
-    for line in equal_caption_lines(context.pairs, context.data):
-        context.say(line)
-    if "folds" in context.options:
-        folds = context.options["folds"]
-        return folded_retrieval_task(context.pairs, context.inputs, folds=folds, data=context.data)
-    return retrieval_task(context.pairs, context.inputs, data=context.data)
-
-
-def build_multilingual(context: TaskContext) -> EvaluationTask:
-    """Raises ``UserError`` where no caption names its language, or none is in a language that was asked for."""
-    from clasp.data.pairs import caption_languages
-    from clasp.evaluation.equal_items import equal_caption_lines
-    from clasp.evaluation.from_pairs import multilingual_task
-    from clasp.evaluation.language_sets import requested_languages
-
-    languages = requested_languages(context.options.get("languages"), caption_languages(context.pairs), context.data)
-    if not languages:
-        raise UserError(f"no caption of {context.data} names its language; evaluate them with: retrieval")
-    for line in equal_caption_lines(context.pairs, context.data, languages):
-        context.say(line)
-    return multilingual_task(context.pairs, context.inputs, languages=languages, data=context.data)
-
-
-def build_language_classes(context: TaskContext) -> EvaluationTask:
-    """See ``clasp.evaluation.language_classes``."""
-    from clasp.evaluation.language_classes import language_classes_task
-
-    return language_classes_task(context)
-
-
-def build_knn(context: TaskContext) -> EvaluationTask:
-    """See ``clasp.evaluation.probe_tasks``."""
-    from clasp.evaluation.probe_tasks import knn_task
-
-    return knn_task(context)
-
-
-def build_probe(context: TaskContext) -> EvaluationTask:
-    """See ``clasp.evaluation.probe_tasks``."""
-    from clasp.evaluation.probe_tasks import linear_task
-
-    return linear_task(context)
-
-
-def build_sugarcrepe(context: TaskContext) -> EvaluationTask:
-    """The caption of each image against its hard negatives."""
-    from clasp.evaluation.from_pairs import hard_negative_task
-
-    negative = context.options["negative"]
-    return hard_negative_task(context.pairs, context.inputs, negative=negative, data=context.data)
-
-
-def build_winoground(context: TaskContext) -> EvaluationTask:
-    """Two images and two captions of each group."""
-    from clasp.evaluation.from_pairs import winoground_task
-
-    return winoground_task(context.pairs, context.inputs, data=context.data)
-
-
-def run_multilabel(context: TaskContext) -> list[EvaluationResult]:
-    """See ``clasp.evaluation.multilabel_task``."""
-    from clasp.evaluation.multilabel_task import evaluate_multilabel
-
-    return evaluate_multilabel(context)
-
-
-def run_multilabel_probe(context: TaskContext) -> list[EvaluationResult]:
-    """See ``clasp.evaluation.multilabel_task``."""
-    from clasp.evaluation.multilabel_task import evaluate_multilabel_probe
-
-    return evaluate_multilabel_probe(context)
-
-
-def run_robustness(context: TaskContext) -> list[EvaluationResult]:
-    """Zero-shot classification of corrupted images, see ``clasp.evaluation.robustness_task``."""
-    from clasp.evaluation.robustness_task import evaluate_robustness
-
-    return evaluate_robustness(context, lambda: build_zeroshot(context))
-
-
-def run_retention(context: TaskContext) -> list[EvaluationResult]:
-    """See ``clasp.evaluation.retention.run``."""
-    from clasp.evaluation.retention.run import evaluate_retention
-
-    return evaluate_retention(context)
+    return call
 
 
 _LABEL_HELP = "column of the class"
@@ -213,20 +101,22 @@ _ZEROSHOT_OPTIONS = (
 
 EVALUATION_TASKS: dict[str, TaskEntry] = {
     "zeroshot": TaskEntry.of_queries(
-        build_zeroshot,
+        _deferred("zeroshot_task:build_zeroshot"),
         "classify images by class names alone",
         (*_ZEROSHOT_OPTIONS, TaskOption("label", _LABEL_HELP, "class")),
     ),
     "retrieval": TaskEntry.of_queries(
-        build_retrieval,
+        _deferred("caption_tasks:build_retrieval"),
         "find captions by image and images by caption",
         (TaskOption("folds", "within so many consecutive parts of the images, and the mean: 5 for COCO's 1K test"),),
     ),
     "multilingual": TaskEntry.of_queries(
-        build_multilingual, "retrieval in each language, and its mean", (TaskOption("languages", _LANGUAGES_HELP),)
+        _deferred("caption_tasks:build_multilingual"),
+        "retrieval in each language, and its mean",
+        (TaskOption("languages", _LANGUAGES_HELP),),
     ),
     "multilingual_zeroshot": TaskEntry.of_queries(
-        build_language_classes,
+        _deferred("language_classes:language_classes_task"),
         "zeroshot in each language, of the classes with a name there, as in Babel-ImageNet",
         (
             TaskOption("classes", "JSON file {language: [[class numbers], [names]]}", required=True, names="file"),
@@ -236,12 +126,12 @@ EVALUATION_TASKS: dict[str, TaskEntry] = {
         ),
     ),
     "multilabel": TaskEntry(
-        run_multilabel,
+        _deferred("multilabel_task:evaluate_multilabel"),
         "classify images of several classes: mean average precision, mean area under the ROC curve",
         (*_ZEROSHOT_OPTIONS, TaskOption("label", _LABELS_HELP, "classes")),
     ),
     "knn": TaskEntry.of_queries(
-        build_knn,
+        _deferred("probe_tasks:knn_task"),
         "classify images by their nearest neighbours among image embeddings",
         (
             TaskOption("fit", _FIT_HELP, names="pairs"),
@@ -251,7 +141,7 @@ EVALUATION_TASKS: dict[str, TaskEntry] = {
         ),
     ),
     "probe": TaskEntry.of_queries(
-        build_probe,
+        _deferred("probe_tasks:linear_task"),
         "classify images by logistic regression on image embeddings",
         (
             TaskOption("fit", _FIT_HELP, names="pairs"),
@@ -261,7 +151,7 @@ EVALUATION_TASKS: dict[str, TaskEntry] = {
         ),
     ),
     "multilabel_probe": TaskEntry(
-        run_multilabel_probe,
+        _deferred("multilabel_task:evaluate_multilabel_probe"),
         "the same by logistic regression on image embeddings",
         (
             TaskOption("fit", "pairs to fit on", required=True, names="pairs"),
@@ -269,7 +159,7 @@ EVALUATION_TASKS: dict[str, TaskEntry] = {
         ),
     ),
     "robustness": TaskEntry(
-        run_robustness,
+        _deferred("robustness_task:evaluate_robustness"),
         "zeroshot on images with corruptions of ImageNet-C, made as they are read",
         (
             *_ZEROSHOT_OPTIONS,
@@ -279,16 +169,17 @@ EVALUATION_TASKS: dict[str, TaskEntry] = {
         ),
     ),
     "sugarcrepe": TaskEntry.of_queries(
-        build_sugarcrepe,
+        _deferred("caption_tasks:build_sugarcrepe"),
         "choose the caption of an image among hard negatives",
         (TaskOption("negative", "column of the negative captions, a text or a list", "negative_caption"),),
         needs_different_images=False,
     ),
     "winoground": TaskEntry.of_queries(
-        build_winoground, "match two images with two captions, the pairs of a group: group, text and image score"
+        _deferred("caption_tasks:build_winoground"),
+        "match two images with two captions, the pairs of a group: group, text and image score",
     ),
     "retention": TaskEntry(
-        run_retention,
+        _deferred("retention.run:evaluate_retention"),
         "pre-trained features of each tower before and after alignment; figure in RUN",
         (
             TaskOption(

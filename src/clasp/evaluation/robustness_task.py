@@ -7,7 +7,6 @@ the features of every corruption are kept in the feature cache, as those of othe
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 from clasp.data.corruptions import CORRUPTIONS, MAX_SEVERITY, CorruptedImage
@@ -17,14 +16,15 @@ from clasp.evaluation.embedding_folder import StoredEncoder
 from clasp.evaluation.results import EvaluationResult, PartialResult, mean_result
 from clasp.evaluation.task_context import TaskContext
 from clasp.evaluation.tasks import ZeroShotTask
+from clasp.evaluation.zeroshot_task import build_zeroshot
 from clasp.types import UserError
 
 
-def evaluate_robustness(context: TaskContext, build: Callable[[], ZeroShotTask]) -> list[EvaluationResult]:
-    """The rows of zero-shot classification as ``build`` makes it. Raises ``UserError`` for an unknown corruption, a
+def evaluate_robustness(context: TaskContext) -> list[EvaluationResult]:
+    """The rows of zero-shot classification. Raises ``UserError`` for an unknown corruption, a
     severity that is none, and a model that reads no images."""
     names, severities = _names(context.options["corruptions"]), _severities(context.options["severities"])
-    clean = build()
+    clean = build_zeroshot(context)
     if isinstance(context.model, StoredEncoder):
         raise UserError(f"robustness corrupts the images, and {context.model.name} has their embeddings only")
     pairs = list(context.pairs)
@@ -54,7 +54,7 @@ def _names(given: str) -> list[str]:
     names = list(CORRUPTIONS) if given == "all" else given.split(",")
     for name in names:
         if name not in CORRUPTIONS:
-            raise UserError(f"corruptions={given}: {name!r} is none; {valid_names(name, list(CORRUPTIONS))}")
+            raise UserError(f"corruptions={given}: {name!r} is not one; {valid_names(name, list(CORRUPTIONS))}")
     if len(set(names)) < len(names):
         raise UserError(f"corruptions={given} names one twice")
     return names

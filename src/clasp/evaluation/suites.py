@@ -231,7 +231,7 @@ def _read_set(table: Any, where: str) -> SuiteSet:
         raise UserError(f"{where}: {empty[0]} is empty; leave it out, or give a value")
     task = table.get("task", "zeroshot")
     if task not in TASK_METRICS:
-        raise UserError(f"{where}: task = {task!r} is none of {', '.join(TASK_METRICS)}")
+        raise UserError(f"{where}: task = {task!r} is not one of {', '.join(TASK_METRICS)}")
     metrics = TASK_METRICS[task]
     if table.get("metric", metrics[0]) not in metrics:
         raise UserError(f"{where}: {task} has no metric {table['metric']!r}; it has {', '.join(metrics)}")
@@ -241,5 +241,5 @@ def _read_set(table: Any, where: str) -> SuiteSet:
         raise UserError(f"{where}: settings = {table['settings']!r}: {str(error).lower()}") from None
     for key, tasks in (("templates", PROMPTED_TASKS), ("split", sorted(set(TASK_METRICS) - set(_PROBE_OF.values())))):
         if table.get(key) and task not in tasks:
-            raise UserError(f"{where}: {key} = {table[key]!r} is of {', '.join(tasks)}, and task is {task}")
+            raise UserError(f"{where}: {key} = {table[key]!r} is for {', '.join(tasks)}, and task is {task}")
     return SuiteSet(**{"metric": metrics[0], **table})

@@ -84,7 +84,7 @@ class ZeroShotQueries:
         for image, label in self.labels.items():
             if label is not None and label not in known:
                 raise UserError(
-                    f"image {image!r} is labelled {label!r}, which is none of the {len(known)} classes; "
+                    f"image {image!r} is labelled {label!r}, which is not one of the {len(known)} classes; "
                     f"{valid_names(label, self.classes)}"
                 )
 

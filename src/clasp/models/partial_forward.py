@@ -143,6 +143,6 @@ def _replaced_blocks(
 def _as_maps(states: Float[Tensor, "B N D"], structure: ModelStructure) -> Float[Tensor, "B D side side"]:
     """Row-major tokens back to the square feature maps they came from."""
     side = math.isqrt(states.shape[1])
-    assert side * side == states.shape[1], f"{states.shape[1]} tokens are no square map"
+    assert side * side == states.shape[1], f"{states.shape[1]} tokens do not form a square map"
     layout = torch.channels_last if structure.channels_first else torch.contiguous_format
     return states.transpose(1, 2).unflatten(2, (side, side)).contiguous(memory_format=layout)

@@ -103,7 +103,7 @@ def _reason_against(
     prefix = dropout.prefix_tokens
     constant = (first[0] == first[1]).all(dim=1)  # tokens that are the same for every image
     if not constant[:prefix].all() or constant[prefix:].any():
-        return f"has tokens that are no patches beside the first {prefix}"
+        return f"has tokens that are not patches beside the first {prefix}"
     one, other, order = _shuffled_patches(lowest, prefix)
     try:
         expected, shuffled = (_encode_tokens(net, dropout.block, index, encode) for index in (one, other))

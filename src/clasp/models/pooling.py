@@ -100,7 +100,7 @@ def pool_as_authors(
 def check_pool(pool: str, backbone: Backbone, structure: ModelStructure) -> None:
     """Raise ``UserError`` for a pooling that the backbone cannot have."""
     if pool not in get_args(PoolingMode):
-        raise UserError(f"pool = {pool!r} of {backbone.name} is none of {', '.join(get_args(PoolingMode))}")
+        raise UserError(f"pool = {pool!r} of {backbone.name} is not one of {', '.join(get_args(PoolingMode))}")
     if pool == "pooler" and backbone.pooler is None:
         raise UserError(f"pool = 'pooler': {backbone.name} brings no layers to pool with; choose another pool")
     if pool in ("cls", "cls+mean") and backbone.modality == "image" and not structure.class_token:

@@ -105,7 +105,7 @@ def answer_query(
     encode_texts: TextEncoder,
     encode_images: Callable[[list[Any]], Float[np.ndarray, "n E"]],
 ) -> SearchAnswer:
-    """Search, fold near-duplicates, calibrate. ``UserError`` as for ``SearchEngine.find`` and ``check_part``."""
+    """Search, fold near-duplicates, calibrate. ``UserError`` as for ``SearchEngine.search`` and ``check_part``."""
     check_part(part, query)
     words = query.words_only()
     vector = query.vector(encode_texts, encode_images, engine.stored_vectors)
@@ -153,7 +153,7 @@ def _groups(
     needed = part.offset + part.k + BEST_HITS  # so many beyond the part tell whether the line is in it
     count = needed
     while True:
-        hits = engine.nearest(vector, count, all_of(part.filters))
+        hits = engine.search_vector(vector, count, all_of(part.filters))
         groups = fold_near_duplicates(
             hits, engine.stored_vectors([hit.id for hit in hits]), background.facts.near_duplicate
         )

@@ -246,7 +246,8 @@ class _EdgeCollection:
         return self._shard
 
     def _candidates(self, *, filtered: bool) -> int:
-        """Of a walk. Where the first number is not enough, one with a filter misses more than one without."""
+        """How many candidates a search of the graph collects: with a filter twice as many, since it misses more then,
+        unless the smallest number was enough without one."""
         measured = self._manifest.candidates
         return 2 * measured if filtered and measured > _EF[0] else measured
 

@@ -219,7 +219,7 @@ def listed_origins(items: IndexItems) -> frozenset[str]:
 
 
 def build_entries(items: IndexItems, known: StoredEntries) -> list[IndexEntry]:
-    """One entry for each image, in order of first appearance; see ``SearchEngine.index`` for the ids."""
+    """One entry for each image, in order of first appearance; see ``Indexer.index`` for the ids."""
     listed = listed_origins(items)
     entries: dict[str, IndexEntry] = {}
     for number, item in enumerate(items):

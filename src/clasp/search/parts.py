@@ -57,10 +57,10 @@ class DonePart:
 
 
 def parse_part(text: str) -> IndexPart:
-    """``2/8``; ``UserError`` if it is none."""
+    """``2/8``; ``UserError`` if it is not a part."""
     match = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", text)
     if match is None or int(match[1]) > int(match[2]):
-        raise UserError(f"--part {text} is no part; write 1/8 to 8/8 for eight processes")
+        raise UserError(f"--part {text} is not a part; write 1/8 to 8/8 for eight processes")
     return IndexPart(int(match[1]), int(match[2]))
 
 

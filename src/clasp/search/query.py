@@ -73,7 +73,7 @@ class SearchQuery:
             if not isinstance(text, str):
                 raise UserError(f"search takes words as one string, not {shorten(text)}")
             if is_blank(text):
-                raise UserError(f"search was given the words {text!r}, which are none")
+                raise UserError(f"search was given the words {text!r}, which are blank")
         for _, weight in (*self.texts, *self.images):
             if not 1e-6 <= abs(weight) <= 1e6:  # float32 holds their squares
                 raise UserError(f"a weight of a search is {weight}; it takes 0.000001 to 1,000,000, or minus these")
@@ -155,7 +155,7 @@ def parse_words(words: str) -> tuple[WeightedText, ...]:
     signed.
     """
     if is_blank(words):
-        raise UserError(f"search was given the words {words!r}, which are none")
+        raise UserError(f"search was given the words {words!r}, which are blank")
     wanted, weighted = [], []
     for match in _TERM.finditer(words):
         term = match["bare"] if match["quoted"] is None else match["quoted"]
@@ -172,7 +172,7 @@ def parse_words(words: str) -> tuple[WeightedText, ...]:
     text = " ".join(wanted)
     terms = (*((WeightedText(text),) if text else ()), *weighted)
     if not terms:
-        raise UserError(f"search was given the words {words!r}, which are none")
+        raise UserError(f"search was given the words {words!r}, which are blank")
     return terms
 
 

@@ -29,7 +29,7 @@ def check_store_name(name: str) -> None:
     if is_address(name):
         split_address(name)
     elif name not in STORES and (":" not in name or "/" in name):
-        raise UserError(f"{shorten(name)} is no engine of a store; there are {STORE_FORMS}")
+        raise UserError(f"{shorten(name)} is not an engine of a store; there are {STORE_FORMS}")
 
 
 def is_outside(name: str) -> bool:

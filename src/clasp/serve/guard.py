@@ -139,7 +139,7 @@ class RequestGuard:
             return 403, "a page of another site may not use this server"
         length = headers.get("content-length", "0")
         if not length.isascii() or not length.isdigit():
-            return 400, "the header Content-Length is no number"
+            return 400, "the header Content-Length is not a number"
         if int(length) > self._limits.upload_bytes:
             return 413, f"the request has {int(length):,} bytes; at most {self._limits.upload_bytes:,} are read"
         return None

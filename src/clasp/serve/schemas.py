@@ -179,4 +179,4 @@ class InfoResponse(BaseModel):
 class ErrorResponse(BaseModel):
     """What was wrong, in one line."""
 
-    error: str = Field(examples=["search was given the words ' ', which are none"])
+    error: str = Field(examples=["search was given the words ' ', which are blank"])

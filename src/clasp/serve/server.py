@@ -47,14 +47,14 @@ class ServerAddress:
 
 
 def bind_address(host: str, port: int, token: str) -> ServerAddress:
-    """Bind the address. ``UserError`` if it is in use or unknown, or if it is no loopback address and has no token."""
+    """Bind the address. ``UserError`` if it is in use or unknown, or is not a loopback address and has no token."""
     if not is_loopback(host) and not token:
         raise UserError(
             f"--host {host} can be reached from other machines, so a token is needed: --token TEXT, or the environment "
             "variable CLASP_TOKEN"
         )
     if not 0 <= port <= 65535:
-        raise UserError(f"--port {port} is no port; there are 0 (any free one) to 65535")
+        raise UserError(f"--port {port} is not a port; there are 0 (any free one) to 65535")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     bound = socket.socket(family, socket.SOCK_STREAM)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

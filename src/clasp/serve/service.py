@@ -311,7 +311,7 @@ class SearchService:
     def _check_text(self, text: str) -> None:
         require_unicode(text, "a text of the request")
         if is_blank(text):
-            raise UserError(f"a text of the request is {text[:20]!r}, which is none")
+            raise UserError(f"a text of the request is {text[:20]!r}, which is blank")
         if len(text) > self.limits.text_chars:
             raise UserError(f"a text of {len(text)} characters is too long; at most {self.limits.text_chars}")
 

@@ -281,8 +281,8 @@ def open_processes() -> Iterator[Processes]:
     missing = [name for name in _TORCHRUN if not environment.get(name, "").isdigit()]
     if missing:
         raise UserError(
-            f"RANK and WORLD_SIZE are set, and {missing[0]} is no number ({environment.get(missing[0])!r}): start the "
-            "processes with torchrun or --processes, which set all, or unset WORLD_SIZE"
+            f"RANK and WORLD_SIZE are set, and {missing[0]} is not a number ({environment.get(missing[0])!r}): start "
+            "the processes with torchrun or --processes, which set all, or unset WORLD_SIZE"
         )
     local_rank, local_size = int(environment["LOCAL_RANK"]), int(environment["LOCAL_WORLD_SIZE"])
     gpus = torch.cuda.device_count()

@@ -22,25 +22,12 @@ from clasp.models.precision import PrecisionChoice, resolve_precision
 from clasp.training.cost.ledger import CostLedger
 from clasp.training.distributed import Processes
 from clasp.training.interrupt import GracefulStop
-from clasp.training.settings import TrainPlan, TrainSettings, plan_training
+from clasp.training.settings import TrainSettings
 from clasp.training.state import BestEvaluation, FitResult, TrainPosition, TrainState
 from clasp.training.step import Stepper, Trainable
 from clasp.training.trackers.console import Reporter, SilentReporter
 from clasp.training.trackers.run_logger import RunLogger
 from clasp.types import Batch, Loss, Tracker
-
-__all__ = [
-    "BatchStream",
-    "FitCallbacks",
-    "FitResult",
-    "TrainPlan",
-    "TrainPosition",
-    "TrainSettings",
-    "TrainState",
-    "Trainable",
-    "fit",
-    "plan_training",
-]
 
 _EVALUATIONS_PER_RUN = 10
 
@@ -68,9 +55,7 @@ class FitCallbacks:
     ``tracker`` receives the events start, pieces, step, skipped, evaluation and stop. ``evaluate`` is called with the
     model in eval mode; ``primary`` names the metric in its result that selects the best weights (higher is better).
     ``save`` receives the state before the first step, every ``save_every_minutes``, on Ctrl-C or SIGTERM, and at the
-    end. ``ledger`` measures the time and FLOPs of every step. ``processes`` train together: each calls ``fit`` with its
-    own part of the batches and with callbacks of its own; all have a ledger, or none. ``precision``: that of the
-    settings, with the reason that is told.
+    end.
     """
 
     tracker: Tracker
@@ -78,9 +63,23 @@ class FitCallbacks:
     evaluate: _EvaluateFunction | None = None
     primary: str = ""
     save: _SaveFunction | None = None
-    ledger: CostLedger | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FitOptions:
+    """What a run of the training loop may have beside its settings.
+
+    ``kinds`` maps each trainable parameter to its kind, a key of ``lr_factors``; where it is empty, all have the same
+    learning rate. Training resumes at ``resume_state`` where given. ``processes`` train together: each calls ``fit``
+    with its own part of the batches and with callbacks of its own; all have a ledger, or none. ``precision``: that of
+    the settings, with the reason that is told. ``ledger`` measures the time and FLOPs of every step.
+    """
+
+    kinds: Mapping[str, str] = field(default_factory=dict)
+    resume_state: TrainState | None = None
     processes: Processes = field(default_factory=Processes)
     precision: PrecisionChoice | None = None
+    ledger: CostLedger | None = None
 
 
 def fit(
@@ -89,23 +88,22 @@ def fit(
     loss: Loss,
     settings: TrainSettings,
     callbacks: FitCallbacks,
-    *,
-    kinds: Mapping[str, str] = {},
-    resume_state: TrainState | None = None,
+    options: FitOptions | None = None,
 ) -> FitResult:
     """Train the selected parameters in place; leaves the model in eval mode, on the device that it was trained on.
 
-    ``kinds`` maps each trainable parameter to its kind, a key of ``lr_factors``; where it is empty, all have the same
-    learning rate. Training resumes at ``resume_state`` where given. Raises ``UserError`` when the loss or its gradient
-    is not finite, before the weights are updated, and when ``resume_state`` has other trainable parameters.
+    Raises ``UserError`` when the loss or its gradient is not finite, before the weights are updated, and when the state
+    to resume has other trainable parameters.
     """
+    options = options or FitOptions()
+    resume_state = options.resume_state
     began = time.monotonic()
     steps, settings = _within_max_steps(settings, len(batches))
     assert settings.epochs != "auto"
-    session = _open_session(model, loss, settings, callbacks, steps, kinds, resume_state)
+    session = _open_session(model, loss, settings, callbacks, options, steps)
     logger, best_checkpoint = session.logger, session.best_checkpoint
     at = resume_state.position if resume_state else TrainPosition()
-    agree = callbacks.processes.agree_on_signal
+    agree = options.processes.agree_on_signal
     with GracefulStop() as stop, logger:
         session.log_start(at)
         model.train()
@@ -117,7 +115,7 @@ def fit(
             for batch in logger.time_batches(_rest_of_epoch(batches, at, steps)):
                 logger.log_skipped(batch, at.step)
                 if batch.total_pairs > 1:  # a single pair has no negatives
-                    _train_step(session.stepper, logger, callbacks.ledger, batch, at)
+                    _train_step(session.stepper, logger, options.ledger, batch, at)
                 at = at.next_step()
                 session.save_if_due(at)
                 if requested := agree(stop.requested):
@@ -181,18 +179,17 @@ def _open_session(
     loss: Loss,
     settings: TrainSettings,
     callbacks: FitCallbacks,
+    options: FitOptions,
     steps: int,
-    kinds: Mapping[str, str],
-    resume_state: TrainState | None,
 ) -> _Session:
     """The objects of one call of ``fit``: new, or restored from ``resume_state``."""
-    processes = callbacks.processes
+    processes, resume_state = options.processes, options.resume_state
     precision_choice = (
         PrecisionChoice(resume_state.precision, "as before the interruption")
         if resume_state
-        else callbacks.precision or resolve_precision(settings.precision, processes.device)
+        else options.precision or resolve_precision(settings.precision, processes.device)
     )
-    stepper = Stepper(model, loss, settings, processes, precision_choice.precision, steps=steps, kinds=kinds)
+    stepper = Stepper(model, loss, settings, processes, precision_choice.precision, steps=steps, kinds=options.kinds)
     if resume_state:
         stepper.restore(resume_state)
     assert settings.epochs != "auto"
@@ -326,7 +323,7 @@ class BestCheckpoint:
 
     def is_improvement(self, metrics: Mapping[str, float]) -> bool:
         """Whether the primary metric is the highest so far; NaN is lower than any number."""
-        assert self.primary in metrics, f"primary={self.primary!r} is none of the metrics {sorted(metrics)}"
+        assert self.primary in metrics, f"primary={self.primary!r} is not one of the metrics {sorted(metrics)}"
         if self.best is None:
             return True
         new, old = metrics[self.primary], self.best.metrics[self.primary]

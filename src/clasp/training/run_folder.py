@@ -111,7 +111,7 @@ class RunFolder:
         there = sorted(entry.name for entry in self.path.iterdir()) if self.path.exists() else []
         foreign = [name for name in there if name not in _INITIAL_FILES and not name.endswith(PARTIAL_SUFFIX)]
         if foreign:
-            raise UserError(f"{self.path} holds something else than a run ({', '.join(foreign[:3])}); {other}")
+            raise UserError(f"{self.path} holds something other than a run ({', '.join(foreign[:3])}); {other}")
 
     def start(
         self,

@@ -224,7 +224,7 @@ def test_what_is_refused_before_the_model_is_loaded(tuned: Path, tmp_path: Path,
 
 
 def test_errors_of_the_runner_are_one_line(exported: tuple[Path, ExportReport], tmp_path: Path):
-    with pytest.raises(UserError, match="no output of clasp export"):
+    with pytest.raises(UserError, match="not an output of clasp export"):
         OnnxModel(tmp_path)
     model = OnnxModel(exported[0])
     with pytest.raises(UserError, match="text 1 is a int"):

@@ -68,7 +68,7 @@ SOURCES = {
             "name with several dots, which in a tar ends at the first": 2,
             ORPHAN: 1,
             f"{OTHER} (.pdf)": 1,
-            "member that is no file": 1,
+            "member that is not a file": 1,
         },
     ),
     "table": (lambda folder: write_csv(TOYS, folder), {}),
@@ -118,7 +118,7 @@ def test_where_all_is_passed_over_the_refusal_tells_why(tmp_path: Path):
 def test_images_of_a_folder_are_listed_with_what_is_none(tmp_path: Path):
     found = list_images(captioned(tmp_path))
     assert len(found) == 6 and found.origin == os.path.realpath(tmp_path / "photos")
-    wanted = {f"{UNREAD} (.heic)": 1, f"{UNREAD} (.ico)": 1, "file that is no image (.csv)": 1, LINK: 1}
+    wanted = {f"{UNREAD} (.heic)": 1, f"{UNREAD} (.ico)": 1, "file that is not an image (.csv)": 1, LINK: 1}
     assert found.skipped_files.counts == wanted
 
 

@@ -297,7 +297,7 @@ WRONG_TYPES = [
     ({"group": float("nan")}, "'group' must be a text or a whole number, not nan"),
     ({"caption": True}, "a caption must be a text"),
     ({"image": ["a.jpg"]}, "a path is wanted"),
-    ({"image": "a\0.jpg"}, "can be no file name"),
+    ({"image": "a\0.jpg"}, "cannot be a file name"),
 ]
 
 
@@ -345,7 +345,7 @@ def test_half_a_character_is_named_with_its_row(column: str, text: str, tmp_path
     good = {"image": "a.jpg", "caption": "a dog", "id": "a", "language": "en", "group": "dog"}
     lines = json.dumps(good) + "\n" + json.dumps(good | {column: text})
     (tmp_path / "a.jsonl").write_text(lines)
-    refused(tmp_path / "a.jsonl", "line 2", "can be no file name" if column == "image" else "lone surrogate").encode()
+    refused(tmp_path / "a.jsonl", "line 2", "cannot be a file name" if column == "image" else "lone surrogate").encode()
     (tmp_path / "a.json").write_text(f"[{lines.replace(chr(10), ',')}]")
     if column != "group":
         refused(tmp_path / "a.json", "entry 2").encode()

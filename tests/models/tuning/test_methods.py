@@ -18,7 +18,7 @@ ROWS = [(t, m) for t in NETS for m in METHODS] + [(t, m) for t in ("vit", "llama
 
 
 @pytest.mark.parametrize(
-    ("pool", "says"), [("avg", "none of cls, mean"), ("cls", "no class token"), ("cls+mean", "no class")]
+    ("pool", "says"), [("avg", "not one of cls, mean"), ("cls", "no class token"), ("cls+mean", "no class")]
 )
 def test_a_pooling_that_cannot_be(pool: str, says: str):
     with pytest.raises(UserError, match=says):
@@ -164,8 +164,8 @@ def test_what_does_not_read(spec: str, says: str):
 def test_nothing_matched_is_an_error():
     for spec, says in [
         ("match('no.such.*')", "no parameter has such a name"),
-        ("adapters(blocks='7:')", "has blocks 0 to 1, and 7 is none"),
-        ("norms(blocks='1:99')", "has blocks 0 to 1, and 99 is none"),
+        ("adapters(blocks='7:')", "has blocks 0 to 1, and no block 7"),
+        ("norms(blocks='1:99')", "has blocks 0 to 1, and no block 99"),
         ("adapters(blocks='1:1')", "matches nothing"),
         ("last(9)", "has 2 blocks"),
     ]:

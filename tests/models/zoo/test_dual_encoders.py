@@ -167,7 +167,7 @@ def test_not_a_dual_encoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "empty").mkdir()
     image = lambda name: load_backbone(ImageTowerSettings(tower=f"clip:{name}"))  # noqa: E731
     says("is vit, and clip: opens dual encoders of the families clip, ", lambda: image(tmp_path / "vit"))
-    says("has no config.json, so it is no CLIP", lambda: image(tmp_path / "empty"))
+    says("has no config.json, so it is not a saved CLIP", lambda: image(tmp_path / "empty"))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     says("without a hub use pip:", lambda: image("openai/clip-vit-base-patch32"))
     says("did you mean clip:", lambda: load_backbone(ImageTowerSettings(tower="clp:x")))

@@ -29,8 +29,9 @@ from clasp.training.cost import meters
 from clasp.training.cost.flops import count_flops
 from clasp.training.cost.ledger import CostLedger, CostSession, FrozenFlops, RunCost, StepFlops, format_si, read_cost
 from clasp.training.cost.meters import EnergyMeter, PeakMemoryMeter
-from clasp.training.loop import TrainSettings, fit
+from clasp.training.loop import FitOptions, fit
 from clasp.training.losses import LOSSES
+from clasp.training.settings import TrainSettings
 from clasp.training.state import TrainState
 from clasp.training.step import Stepper
 from clasp.training.trackers.console import SilentReporter, TrainProgress
@@ -238,7 +239,14 @@ def fitted(
     settings = TrainSettings(batch_size=8, epochs=1, lr=0.02, precision="float32", log_every=1, select="last")
     model, rows = Toy(), []
     torch.manual_seed(7)
-    fit(model, Stream(batches), LOSSES["infonce"], settings.model_copy(update=changes), callbacks(rows, ledger=book))
+    fit(
+        model,
+        Stream(batches),
+        LOSSES["infonce"],
+        settings.model_copy(update=changes),
+        callbacks(rows),
+        FitOptions(ledger=book),
+    )
     return {**model.state_dict()}, rows, torch.get_rng_state()
 
 
@@ -582,7 +590,7 @@ def test_a_run_from_before_there_were_books_goes_on(towers: Path, pairs: Path, t
 
 
 def test_books_that_are_missing_or_damaged(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"run has no cost.json: it is no run, or was trained before"):
+    with pytest.raises(UserError, match=r"run has no cost.json: it is not a run, or was trained before"):
         read_cost(tmp_path / "run")
     for text in ("{", '{"format": 1}', "[]", '{"parameters": {}, "work": {"odd": 1}, "once": {}}'):
         (tmp_path / "cost.json").write_text(text)

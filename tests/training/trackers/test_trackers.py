@@ -83,7 +83,7 @@ def test_a_missing_package_names_the_extra(name: str, tmp_path: Path, monkeypatc
 def test_what_is_no_tracker_is_refused(tmp_path: Path) -> None:
     refused("No module named 'nowhere'", lambda: find_trackers(["nowhere:Name"]))
     refused("has no class 'Diry'; nearest: Diary", lambda: find_trackers(["toytrackers:Diry"]))
-    refused("gave a Half, and no clasp.types.Tracker", lambda: opened(tmp_path, "toytrackers:Half"))
+    refused("gave a Half, not a clasp.types.Tracker", lambda: opened(tmp_path, "toytrackers:Half"))
 
 
 def test_the_table_makes_trackers_and_imports_no_service(tmp_path: Path) -> None:

@@ -164,7 +164,7 @@ def _state_dict(path: Path, found: Mapping[str, Any]) -> dict[str, Tensor]:
     model.pop(_POSITION_IDS, None)
     odd = [key for key, value in model.items() if not isinstance(value, Tensor) or not value.is_floating_point()]
     if odd:
-        raise UserError(f"{path} is not a LilT checkpoint: {_listed(odd)} of its model is no tensor of real numbers")
+        raise UserError(f"{path} is not a LilT checkpoint: {_listed(odd)} of its model is not a tensor of real numbers")
     if not any(key.startswith(tuple(LILT_TOWER_PREFIXES.values())) for key in model):
         towers = " or ".join(LILT_TOWER_PREFIXES.values())
         raise UserError(
@@ -268,7 +268,7 @@ def _reduction(path: Path, model: Mapping[str, Tensor], modality: Modality, widt
     hidden = _shape(path, model, key, 2)[0]
     reduction = next((number for number in range(1, width + 1) if width // number == hidden), None)
     if reduction is None:
-        raise UserError(f"{path}: {key} has {hidden} rows, which is no fraction of the tower's width, {width}")
+        raise UserError(f"{path}: {key} has {hidden} rows, which does not divide the tower's width, {width}")
     return reduction
 
 

@@ -192,7 +192,7 @@ def _trained_by_flags(side: LiltTower, flags: Mapping[str, Any]) -> set[str]:
     refrozen = flags.get("always_freeze") or {}
     refrozen = refrozen.get(names.always_freeze_key) or [] if isinstance(refrozen, dict) else refrozen
     if not isinstance(refrozen, list):
-        raise UserError(f"always_freeze is no table of lists of blocks in the checkpoint's config, but {refrozen!r}")
+        raise UserError(f"always_freeze in the checkpoint's config is not a table of lists of blocks, but {refrozen!r}")
     frozen = tuple(f"{LILT_BLOCK_PREFIXES[side.modality]}{block}." for block in refrozen)
     return {ours for ours, name in side.original_names.items() if unlocks(name) and not name.startswith(frozen)}
 

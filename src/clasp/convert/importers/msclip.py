@@ -82,7 +82,7 @@ def _state_dict(checkpoint: Path) -> dict[str, Tensor]:
     if not isinstance(found, dict) or not all(isinstance(tensor, Tensor) for tensor in found.values()):
         contents = f"it has {', '.join(map(str, list(found)[:4]))}" if isinstance(found, dict) else "it has a list"
         hint = "; is it LilT's? then: clasp import lilt" if isinstance(found, dict) and "model" in found else ""
-        raise UserError(f"{checkpoint} is no bare state dict, as MS-CLIP's is released: {contents}{hint}")
+        raise UserError(f"{checkpoint} is not a bare state dict, as MS-CLIP's is released: {contents}{hint}")
     prefix = "module." if all(str(key).startswith("module.") for key in found) else ""
     return {str(key).removeprefix(prefix): tensor for key, tensor in found.items()}
 

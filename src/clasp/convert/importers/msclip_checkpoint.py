@@ -93,7 +93,9 @@ def _image_settings(
     rows, width = _shape(tensors, "visual.positional_embedding", 2)
     grid = math.isqrt(rows - 1)
     if grid * grid != rows - 1:
-        raise UserError(f"not an MS-CLIP state dict: visual.positional_embedding has {rows} rows, no square and one")
+        raise UserError(
+            f"not an MS-CLIP state dict: visual.positional_embedding has {rows} rows, not a square number plus one"
+        )
     stem = f"{MSCLIP_IMAGE_PREFIX}resblocks.0.conv1.weight" in tensors
     laterals = _count(tensors, f"{MSCLIP_IMAGE_PREFIX}parallel_lateral_adapter.")
     if laterals not in (0, len(lateral_layers)):

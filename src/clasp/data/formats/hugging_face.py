@@ -114,7 +114,7 @@ class FeatureRows:
         names = self.features.classes[name]
         numbers = value if isinstance(value, list) else [value]
         if not all(isinstance(number, int) and 0 <= number < len(names) for number in numbers):
-            raise UserError(f"{self.where}: {name} = {value!r} is no class number below {len(names)}")
+            raise UserError(f"{self.where}: {name} = {value!r} is not a class number below {len(names)}")
         named = [names[number] for number in numbers]
         main = name in ("label", "labels") or len(self.features.classes) == 1 or name == self.caption
         if isinstance(value, list):

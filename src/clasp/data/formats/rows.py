@@ -155,7 +155,7 @@ def require_unicode(text: str, where: str) -> str:
     """The text; ``UserError`` if it has a lone surrogate, which cannot be encoded as UTF-8, or a NUL character."""
     if "\0" in text:
         at = text.index("\0") + 1
-        raise UserError(f"{where}: the text {shorten(text)} is no text: character {at} is NUL, as in binary files")
+        raise UserError(f"{where}: the text {shorten(text)} is not text: character {at} is NUL, as in binary files")
     if not text.isascii() and (half := re.search("[\ud800-\udfff]", text)):
         raise UserError(
             f"{where}: the text {shorten(text)} is not valid Unicode: character {half.start() + 1} is a lone surrogate"

@@ -75,7 +75,7 @@ def require_image_id(row: PairRow, where: str, spec: SourceSpec) -> str:
     except UnicodeEncodeError:
         possible = False
     if not possible:
-        raise UserError(f"{where} names no image: {shorten(row.image)} can be no file name")
+        raise UserError(f"{where} names no image: {shorten(row.image)} cannot be a file name")
     require_no_address(row.image, where)
     if not spec.leaves_root:
         require_inside(row.image, spec.root, where)

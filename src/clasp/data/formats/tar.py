@@ -71,7 +71,7 @@ def scan_tar(path: Path | str, file: Path) -> IndexArrays:
                 offsets.append(member.offset_data)
                 sizes.append(member.size)
             elif not member.isdir():
-                devices.append(("member that is no file", name))
+                devices.append(("member that is not a file", name))
         end = tar.offset
     _check_end(path, file, end, names)
     rows = {name: row for row, name in enumerate(names)} if links else {}

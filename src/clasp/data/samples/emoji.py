@@ -2,7 +2,7 @@
 
 Input: the packaged archives: 1,391 emoji concepts in three drawing styles with names and keywords in 42 languages.
 Output: a folder of images and one ``.jsonl`` per split, as a user would write them. Note: train, val and test are split
-by concept, so that near-duplicates stay together. Sources and licences: ``data/LICENSES.md``.
+by concept, so that near-duplicates stay together. Sources and licences: ``data/samples/files/LICENSES.md``.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def sample_file(source: str, cache: Path) -> Path:
     name, _, split = source.removeprefix(SAMPLE_SCHEME).partition("/")
     if name not in _SAMPLES or (split or "train") not in _SPLITS:
         choices = ", ".join(f"{SAMPLE_SCHEME}{each}" for each in _SAMPLES)
-        raise UserError(f"{source} is no packaged sample; there are {choices}, each with /{', /'.join(_SPLITS)}")
+        raise UserError(f"{source} is not a packaged sample; there are {choices}, each with /{', /'.join(_SPLITS)}")
     return unpack_emoji_sample(cache, quick=_SAMPLES[name]).pairs(split or "train")
 
 

@@ -42,7 +42,7 @@ def _check_matrix_sharing(value: Any) -> Any:
     if value == "low-rank" or value in ({}, {"low-rank": None}):
         raise ValueError("'low-rank' needs a rank; write {low-rank = 8}")
     if not isinstance(value, dict) or list(value) != ["low-rank"]:
-        raise ValueError(f"{value!r} is none of 'shared', 'separate' and {{low-rank = 8}}")
+        raise ValueError(f"{value!r} is not one of 'shared', 'separate' and {{low-rank = 8}}")
     rank = value["low-rank"]
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
         raise ValueError(f"low-rank = {rank!r} is not a whole number from 1")

@@ -242,7 +242,7 @@ class ParallelBranch(nn.Module):
 def halving_strides(patch: int, count: int) -> list[int]:
     """Strides of ``count`` convolutions: 2 until a position covers ``patch`` pixels (a power of 2), then 1."""
     halved = patch.bit_length() - 1
-    assert patch == 1 << halved, f"{patch} is no power of 2; settings refuse it"
+    assert patch == 1 << halved, f"{patch} is not a power of 2; settings refuse it"
     return [2 if number < halved else 1 for number in range(count)]
 
 

@@ -146,7 +146,7 @@ def _selected_blocks(net: nn.Module, tuning: TuningSpec) -> tuple[BlockStructure
         if end is not None and not -len(blocks) <= end <= len(blocks):
             raise UserError(
                 f"tuning {tuning.spec!r}: {find_structure(net).family} has blocks 0 to {len(blocks) - 1}, "
-                f"and {end} is none"
+                f"and no block {end}"
             )
     return blocks[tuning.blocks]
 

@@ -50,7 +50,7 @@ def load_dual_encoder_half(name: str, settings: ImageTowerSettings | TextTowerSe
     folder = Path(os.path.expanduser(name))
     place = str(folder) if folder.is_dir() else name
     if folder.is_dir() and not (folder / "config.json").is_file():
-        raise UserError(f"tower = {settings.tower!r}: {folder} has no config.json, so it is no CLIP that was saved")
+        raise UserError(f"tower = {settings.tower!r}: {folder} has no config.json, so it is not a saved CLIP")
     with translate_hub_errors(settings.tower):
         config = load_config(place, meta)
         if config.model_type not in DUAL_ENCODER_FAMILIES:

@@ -72,7 +72,7 @@ def _transform(place: _Place, settings: ImageTowerSettings) -> ImageTransform:
     facts = place.preprocessing
     resize = facts.get("resize_mode", "shortest")
     if resize not in _RESIZES:
-        raise UserError(f"tower = {settings.tower!r}: resize_mode = {resize!r} is none of {', '.join(_RESIZES)}")
+        raise UserError(f"tower = {settings.tower!r}: resize_mode = {resize!r} is not one of {', '.join(_RESIZES)}")
     size = settings.size or place.model["vision_cfg"].get("image_size", 224)
     interpolation = facts.get("interpolation", "bicubic")
     mean, std = tuple(facts.get("mean", _MEAN)), tuple(facts.get("std", _STD))

@@ -139,7 +139,7 @@ def _tokenizer_changes(name: str, pooling_config: dict[str, Any], settings: Text
         prompts = facts.get("prompts") or {}
         if default not in prompts:
             raise UserError(
-                f"tower = {settings.tower!r}: its default prompt {default!r} is none of {', '.join(prompts)}"
+                f"tower = {settings.tower!r}: its default prompt {default!r} is not one of {', '.join(prompts)}"
             )
         prompt = str(prompts[default])
     if prompt and settings.prefix is None:

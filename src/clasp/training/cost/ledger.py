@@ -191,7 +191,7 @@ def read_cost(run: str | Path) -> RunCost:
     """The cost of a run. Raises ``UserError`` where ``cost.json`` is missing or damaged."""
     file = Path(run) / COST_FILE
     if not file.exists():
-        raise UserError(f"{run} has no {COST_FILE}: it is no run, or was trained before costs were recorded")
+        raise UserError(f"{run} has no {COST_FILE}: it is not a run, or was trained before costs were recorded")
     try:
         return RunCost.from_dict(json.loads(file.read_text(encoding="utf-8")))
     except (ValueError, TypeError, KeyError, RecursionError) as error:

@@ -56,7 +56,7 @@ def open_trackers(
         tracker = factory(run)
         if not isinstance(tracker, Tracker):
             raise UserError(
-                f"train.trackers: {name} gave a {type(tracker).__name__}, and no clasp.types.Tracker: it needs the "
+                f"train.trackers: {name} gave a {type(tracker).__name__}, not a clasp.types.Tracker: it needs the "
                 "methods config, log and finish"
             )
         made[name] = tracker
